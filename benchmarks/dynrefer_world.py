@@ -1,0 +1,155 @@
+"""The claims of DynRefer in the rendered world: curves over the second view's t, and ablations at equal budget.
+
+    python benchmarks/dynrefer_world.py ablations   # trains the variants (minutes each on 2 cores), prints a table
+    python benchmarks/dynrefer_world.py curve       # sweeps t of the two-view model of the ablations, draws the picture
+
+A variant that was trained before is reused; delete its folder under --runs to train it again. Weights trained on the
+rendered world say nothing about photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from foveate.files import atomic_write
+from foveate.training.recipes import load_recipe
+from foveate.training.runner import train
+
+RECIPE = Path("recipes/dynrefer/world.yaml")
+RESULTS = Path("benchmarks/results")
+
+# Two views throughout: the smallest setting in which a context view can matter. Same data, seed and steps for all.
+VARIANTS: dict[str, list[str]] = {
+    "random view (DynRefer)": [],
+    "without align module": ["model.align=false"],
+    "fixed view t = 0.3": ["data.views=[0.3]"],
+    "region view only": ["model.num_views=1"],
+    "caption task only": ["model.tag_loss_weight=0", "model.contrast_loss_weight=0", "model.prompt_loss_weight=0"],
+}
+SWEEP = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+METRICS = {
+    "category_accuracy": "category",
+    "attribute_map": "attributes",
+    "colour_word_accuracy": "colour word",
+    "relation_word_accuracy": "relation word",
+    "cider": "CIDEr",
+}
+POLICY = "model.view_policy={attributes: [0.1], category: [0.1], tags: [0.3], caption: [0.3]}"
+
+
+def variant_folder(runs: Path, name: str, steps: int) -> Path:
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
+    return runs / f"{slug}-{steps}"
+
+
+def overrides_of(name: str, steps: int) -> list[str]:
+    """Overrides of the world recipe that make a variant."""
+    changes = VARIANTS[name]
+    policy = [] if "model.num_views=1" in changes else [POLICY]
+    return ["model.num_views=2", *policy, f"training.max_steps={steps}", "training.save_every=0", *changes]
+
+
+def train_variant(runs: Path, name: str, steps: int) -> Path:
+    """The checkpoint folder of a variant, trained now if it is not there."""
+    folder = variant_folder(runs, name, steps)
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "config.json").is_file():
+        train(RECIPE, overrides_of(name, steps), out=folder)
+    return checkpoint
+
+
+def measure(checkpoint: Path, t: float | None, regions: int) -> dict[str, Any]:
+    """Metrics with the second view at t (None: the model's own policy)."""
+    from foveate.methods.dynrefer.modeling import DynReferModel
+    from foveate.methods.dynrefer.predictor import TASKS, DynReferPredictor
+    from foveate.methods.dynrefer.recipe import evaluate
+
+    predictor = DynReferPredictor.from_pretrained(checkpoint)
+    model: DynReferModel = predictor.model
+    views: Any = None if model.config.num_views == 1 or t is None else [t]
+    # A model that was trained to write captions only has tag and contrast heads that know nothing.
+    tasks = list(TASKS) if model.config.tag_loss_weight else ["caption"]
+    recipe = load_recipe(
+        RECIPE,
+        [
+            f"evaluation.views={json.dumps(views)}",
+            f"evaluation.tasks={json.dumps(tasks)}",
+            f"evaluation.data.regions={regions}",
+        ],
+    )
+    return evaluate(recipe, checkpoint)  # pyright: ignore[reportArgumentType]
+
+
+def ablations(runs: Path, steps: int, regions: int, console: Console) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for name in VARIANTS:
+        checkpoint = train_variant(runs, name, steps)
+        rows[name] = {
+            metric: value for metric, value in measure(checkpoint, None, regions).items() if metric in METRICS
+        }
+    table = Table("variant", *METRICS.values(), title=f"Ablations, {steps} steps, {regions} unseen regions")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[metric]:.3f}" if metric in row else "-" for metric in METRICS))
+    console.print(table)
+    return {"steps": steps, "regions": regions, "variants": rows}
+
+
+def curve(runs: Path, steps: int, regions: int, console: Console, picture: Path) -> dict[str, Any]:
+    from foveate.vision.plots import line_chart
+
+    checkpoint = train_variant(runs, "random view (DynRefer)", steps)
+    rows = [measure(checkpoint, t, regions) for t in SWEEP]
+    alone = measure(train_variant(runs, "region view only", steps), None, regions)
+    table = Table("t of view 2", *METRICS.values(), title=f"Two views (0, t), {steps} steps, {regions} unseen regions")
+    for t, row in zip(SWEEP, rows, strict=True):
+        table.add_row(f"{t:.1f}", *(f"{row[metric]:.3f}" for metric in METRICS))
+    table.add_row("one view", *(f"{alone[metric]:.3f}" for metric in METRICS))
+    console.print(table)
+    shown = [metric for metric in METRICS if metric != "cider"]
+    chart = line_chart(
+        {METRICS[metric]: (SWEEP, [row[metric] for row in rows]) for metric in shown},
+        title="DynRefer in the rendered world: region view and one context view",
+        x_label="t of the context view (0: the region itself, 1: the whole image)",
+        y_label="accuracy / mAP",
+        baselines={"relation word, region view only": alone["relation_word_accuracy"]},
+    )
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    chart.save(picture)
+    console.print(f"picture: {picture}")
+    return {
+        "steps": steps,
+        "regions": regions,
+        "t": SWEEP,
+        "curves": {metric: [row[metric] for row in rows] for metric in METRICS},
+        "one_view": {metric: alone[metric] for metric in METRICS},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ablations", "curve"))
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of each variant")
+    parser.add_argument("--regions", type=int, default=500, help="regions of unseen scenes")
+    parser.add_argument("--runs", type=Path, default=Path("out/ablations"), help="where variants are trained")
+    parser.add_argument("--out", type=Path, help="JSON (default benchmarks/results/dynrefer_<what>.json)")
+    arguments = parser.parse_args()
+    console = Console()
+    out = arguments.out or RESULTS / f"dynrefer_{arguments.what}.json"
+    if arguments.what == "ablations":
+        result = ablations(arguments.runs, arguments.steps, arguments.regions, console)
+    else:
+        picture = out.with_suffix(".png")
+        result = curve(arguments.runs, arguments.steps, arguments.regions, console, picture)
+    with atomic_write(out) as file:
+        json.dump(result, file, indent=1)
+    console.print(f"figures: {out}")
+
+
+if __name__ == "__main__":
+    main()

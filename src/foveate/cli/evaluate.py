@@ -1,0 +1,29 @@
+"""`foveate evaluate`: measure a model by a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import Debug
+from foveate.cli.tables import print_evaluation
+
+
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/dynrefer/world.yaml.")],
+    model: Annotated[str, typer.Option("--model", help="Folder of the model, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as evaluation.limit=100.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a model on the data and by the protocol of a recipe."""
+    from foveate.checkpoints import find_checkpoint
+    from foveate.training.runner import evaluate as run
+
+    print_evaluation(run(recipe, find_checkpoint(model), overrides or [], out=out))

@@ -1,0 +1,31 @@
+"""`foveate train`: run a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import Debug
+from foveate.cli.tables import print_training
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/dynrefer/world.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as training.max_steps=200.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model by a recipe.
+
+    A resumed run gives the same numbers as one that was never interrupted.
+    """
+    from foveate.training.runner import train as run
+
+    print_training(run(recipe, overrides or [], resume=resume, out=out))

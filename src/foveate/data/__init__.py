@@ -1,0 +1,55 @@
+"""Datasets on disk -> typed samples. `open_dataset` is the door; docs/datasets.md says which files go where."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foveate.errors import InputError
+
+if TYPE_CHECKING:
+    from foveate.data.dataset import SampleDataset
+
+# Name of a format -> module and class of its reader, imported when it is asked for.
+FORMATS: dict[str, tuple[str, str]] = {
+    "visual-genome": ("foveate.data.visual_genome", "VisualGenome"),
+    "refcocog": ("foveate.data.refcocog", "RefCOCOg"),
+    "coco": ("foveate.data.coco", "COCO"),
+}
+
+
+def check_format(format: str) -> str:
+    """`format` if it is one of `FORMATS`.
+
+    Raises:
+        InputError: it is not; the message suggests the nearest name.
+    """
+    if isinstance(format, str) and format in FORMATS:
+        return format
+    near = difflib.get_close_matches(str(format).lower().replace("_", "-"), FORMATS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"take one of {', '.join(FORMATS)}."
+    raise InputError(f"there is no dataset format {format!r}; {hint}")
+
+
+def open_dataset(format: str, root: Path | str, split: str, *, skip_bad: bool = False) -> SampleDataset:
+    """Opens one split of a dataset, downloaded or exported by `foveate world scenes`.
+
+    Args:
+        format: "visual-genome", "refcocog" or "coco".
+        root: folder that holds the format's files, laid out as docs/datasets.md says.
+        split: as the format calls it: "train", "val", "test", "val_captions", "val2017", ...
+        skip_bad: leave broken records out, count them in the dataset's `skipped` and log one line, instead of raising.
+
+    Returns:
+        A sequence of `foveate.data.samples.ImageSample` with random access; no image is opened.
+
+    Raises:
+        InputError: unknown format or split; a file is missing or damaged; a record is broken and `skip_bad` is off.
+            Names the file and the record.
+    """
+    module, name = FORMATS[check_format(format)]
+    reader: Callable[..., SampleDataset] = getattr(import_module(module), name)
+    return reader(root, split, skip_bad=skip_bad)

@@ -1,0 +1,182 @@
+"""The registry of methods: one line a method, imported when used.
+
+A method is a folder of this package, its room. Every room has the same few files, and in them the same names behind
+the method's prefix: `configuration.<Prefix>Config`, `modeling.<Prefix>Model`, `processing.<Prefix>Processor`,
+`predictor.<Prefix>Predictor`, `recipe.RECIPE`, `conversion.convert_state_dict`. A room leaves out a file that it does
+not need. This module imports none of them, so it is as light as the command line needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from foveate.checkpoints import find_checkpoint, read_config, shipped_models, suggestion
+from foveate.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Where a method lives.
+
+    Attributes:
+        package: import path of its room.
+        prefix: what its class names start with.
+        model_type: the `model_type` in the `config.json` of its checkpoints.
+    """
+
+    package: str
+    prefix: str
+    model_type: str
+
+    def has(self, part: str) -> bool:
+        """Whether the room has the file `part` ("configuration", "modeling", "recipe", ...)."""
+        return importlib.util.find_spec(f"{self.package}.{part}") is not None
+
+    def module(self, part: str) -> ModuleType:
+        """The module `part` of the room."""
+        return importlib.import_module(f"{self.package}.{part}")
+
+    @property
+    def config(self) -> type[Any]:
+        """The configuration class."""
+        return getattr(self.module("configuration"), f"{self.prefix}Config")
+
+    @property
+    def model(self) -> type[Any]:
+        """The model class."""
+        return getattr(self.module("modeling"), f"{self.prefix}Model")
+
+    @property
+    def processor(self) -> type[Any]:
+        """The processor class: files, PIL images and arrays <-> tensors."""
+        return getattr(self.module("processing"), f"{self.prefix}Processor")
+
+    @property
+    def predictor(self) -> type[Any]:
+        """The class of the object that users hold; it has `from_pretrained(folder, device=, dtype=)`."""
+        return getattr(self.module("predictor"), f"{self.prefix}Predictor")
+
+
+METHODS: dict[str, Method] = {
+    "dynrefer": Method("foveate.methods.dynrefer", "DynRefer", "foveate_dynrefer"),
+}
+
+
+STAND_INS: dict[str, str] = {
+    "clip-world": "foveate.training.standins.clip",
+    "t5-world": "foveate.training.standins.t5",
+    "proposer-world": "foveate.training.standins.proposer",
+}
+"""Pre-trained parts that methods build on: they have recipes, but no verb of their own."""
+
+
+def get_method(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        InputError: there is none; the sentence suggests the nearest name.
+    """
+    if name not in METHODS:
+        raise InputError(
+            f"there is no method {name!r}{suggestion(str(name), METHODS)}; choose one of: {', '.join(METHODS)}."
+        )
+    return METHODS[name]
+
+
+def method_module(name: str, part: str) -> ModuleType:
+    """The module `part` ("recipe", "conversion", ...) of the method `name`.
+
+    Raises:
+        InputError: there is no such method, or it has no such part.
+    """
+    if name in STAND_INS:
+        return importlib.import_module(f"{STAND_INS[name]}.{part}")
+    method = get_method(name)
+    if not method.has(part):
+        raise InputError(f"the method {name!r} has no {part}.")
+    return method.module(part)
+
+
+def load(name: str | os.PathLike[str], *, device: str | None = None, dtype: str | None = None) -> Any:
+    """Loads a predictor.
+
+    Args:
+        name: a shipped model ("dynrefer-world"), a folder written by `save_pretrained` or by `foveate train`, or a
+            Hugging Face repository "owner/name".
+        device: "cpu", "cuda", "cuda:1", "mps"; by default the best one there is.
+        dtype: "float32", "bfloat16", "float16"; by default bfloat16 on a GPU that computes in it, else float32.
+
+    Returns:
+        The predictor of the checkpoint's method, for instance `foveate.methods.dynrefer.predictor.DynReferPredictor`.
+
+    Raises:
+        InputError: there is no such model, or it is not a model that a verb of foveate runs.
+        CheckpointError: the checkpoint is truncated, corrupt or of another layout.
+    """
+    where, precision = _device(device), _dtype(dtype)
+    folder = find_checkpoint(name)
+    model_type = read_config(folder).get("model_type")
+    for method in METHODS.values():
+        if method.model_type == model_type:
+            register()
+            return method.predictor.from_pretrained(folder, device=where, dtype=precision)
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{folder / 'config.json'} does not say its model_type; copy the checkpoint again.")
+    ready = [model for model in shipped_models() if _is_method(model)]
+    raise InputError(
+        f"{os.fspath(name)} is a {model_type!r} model, a part that methods build on and not a method itself; "
+        f"load it with transformers, or give a model of: {', '.join(ready) or ', '.join(METHODS)}."
+    )
+
+
+def register() -> None:
+    """Makes `transformers.AutoConfig`, `AutoModel` and `AutoProcessor` know every method's checkpoints.
+
+    `import foveate` arranges for this to run at the first use of these classes, so that nobody has to call it; it
+    imports torch and transformers. Calling it again does nothing.
+    """
+    from transformers import AutoConfig, AutoModel, AutoProcessor
+
+    for method in METHODS.values():
+        AutoConfig.register(method.model_type, method.config, exist_ok=True)
+        AutoModel.register(method.config, method.model, exist_ok=True)
+        if method.has("processing"):
+            AutoProcessor.register(method.config, method.processor, exist_ok=True)
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+        usable = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        raise InputError(f"there is no device {name!r} here; use one of: {', '.join(usable)}.") from None
+    return device
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise InputError(f"there is no dtype {name!r}{suggestion(str(name), dtypes)}; use one of: {', '.join(dtypes)}.")
+    return dtypes[name]
+
+
+def _is_method(model: str) -> bool:
+    model_type = read_config(find_checkpoint(model)).get("model_type")
+    return any(method.model_type == model_type for method in METHODS.values())

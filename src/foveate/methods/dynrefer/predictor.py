@@ -1,0 +1,495 @@
+"""`foveate.load("dynrefer-...")`: images and regions in, descriptions out (spec 4).
+
+Views that regions share are cropped and encoded once, regions of many images run together, and each task looks through
+the views that suit it.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveate.checkpoints import WEIGHTS
+from foveate.errors import CheckpointError, InputError
+from foveate.ops.boxes import validate_boxes
+from foveate.vision.images import decode_rle, load_image
+
+from .configuration import CANDIDATE_VIEWS
+from .modeling import DynReferModel, group_maximum
+from .processing import CLASS_TEMPLATE, DynReferProcessor, control_text
+from .results import Region, Regions, View
+from .views import build_views, region_from_mask, resolve_policy, search_coefficients
+
+TASKS = ("caption", "tags", "attributes", "category")
+MAX_REGIONS_PER_IMAGE = 100_000
+_ALIASES = {
+    "captions": "caption",
+    "tag": "tags",
+    "attribute": "attributes",
+    "categories": "category",
+    "class": "category",
+}
+
+Proposer = Callable[[Image.Image], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass
+class _Job:
+    """Regions of one image with the t's of each task group."""
+
+    image: Image.Image
+    boxes: np.ndarray  # (R, 4)
+    proposal_scores: np.ndarray | None
+    coefficients: list[np.ndarray]  # per group (R, n)
+
+
+class DynReferPredictor:
+    """Describes regions. Thread-safe to call; nothing is changed by a call but a cache of text embeddings.
+
+    Args:
+        model: in eval mode, on its device.
+        processor: saved beside it.
+        proposer: image -> (R, 4) xyxy boxes and (R,) scores, for `everything=True`.
+    """
+
+    def __init__(
+        self, model: DynReferModel, processor: DynReferProcessor, *, proposer: Proposer | None = None, name: str = ""
+    ) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self._proposer = proposer
+        self.name = name
+        self._embeds: dict[tuple[str, ...], Tensor] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> DynReferPredictor:
+        """Load a folder written by training or conversion.
+
+        Args:
+            device: default CUDA if there is one, else CPU.
+            dtype: default bfloat16 on CUDA, float32 on CPU.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if dtype == torch.float16:
+            raise InputError("DynRefer's T5 overflows in float16 and gives broken captions; use bfloat16 or float32")
+        try:
+            model = DynReferModel.from_pretrained(folder, dtype=dtype).to(device)
+        except CheckpointError:
+            raise
+        except Exception as error:  # safetensors and transformers raise many types on a damaged file
+            raise CheckpointError(f"cannot load the DynRefer checkpoint {str(folder)!r}: {error}") from error
+        processor = DynReferProcessor.from_pretrained(folder, base_models=model.config.base_models)
+        if Path(folder).parent == WEIGHTS:
+            warnings.warn(
+                f"{Path(folder).name} knows the rendered world only, nothing of photographs; for those, convert the "
+                "official DynRefer weights or train on photographs by a recipe",
+                stacklevel=2,
+            )
+        return cls(model, processor, name=Path(folder).name)
+
+    # ---------------------------------------------------------------- public call
+
+    def __call__(
+        self,
+        images: Any,
+        boxes: Any = None,
+        masks: Any = None,
+        *,
+        tasks: Sequence[str] = TASKS,
+        views: Any = None,
+        classes: Sequence[str] | None = None,
+        controls: Sequence[str] = (),
+        num_beams: int | None = None,
+        batch_size: int = 64,
+        everything: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Regions | list[Regions]:
+        """Describe regions of one image or of many.
+
+        Args:
+            images: a path, bytes, PIL image or uint8 array, or a list of them.
+            boxes: xyxy pixels, (R, 4) for one image, a list of such for many. Neither boxes nor masks: the whole image.
+            masks: bool H x W masks, or COCO RLE, in the same nesting as boxes; each adds a region.
+            tasks: of "caption", "tags", "attributes", "category".
+            views: None or "task" for the model's views per task, "auto" for the search, or a list of t's.
+            classes: category names to choose from; default the model's own.
+            controls: words that the caption should use.
+            num_beams: beam width of the captioner; 1 is greedy.
+            batch_size: regions that run together.
+            everything: propose the regions.
+            progress: called with (regions done, regions in all).
+        Returns:
+            `Regions` for one image, a list of them for a list.
+        Raises:
+            InputError: an image, box, mask or option is wrong; the sentence says which.
+            CheckpointError: the model gives non-finite numbers.
+        """
+        single = not isinstance(images, list | tuple)
+        sources = [images] if single else list(images)
+        tasks = self._check_tasks(tasks)
+        if not _is_int(batch_size) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        if num_beams is not None and (not _is_int(num_beams) or not 1 <= num_beams <= 64):
+            raise InputError(f"num_beams must be a whole number from 1 to 64, not {num_beams!r}")
+        class_names = self._check_classes(classes)
+        vocabulary = self.processor.vocabulary
+        lists = {"tags": vocabulary.tags, "attributes": vocabulary.attributes, "category": class_names}
+        for task, words in lists.items():
+            if task in tasks and not words:
+                hint = "give classes" if task == "category" else f"leave {task!r} out of tasks"
+                raise InputError(f"this model brings no list of words for {task!r}; {hint}")
+        controls = _check_words(controls, "controls")
+        groups = self._group_tasks(tasks, views)
+        nested = [
+            self._pick(value, index, len(sources), single, name)
+            for name, value in (("boxes", boxes), ("masks", masks))
+            for index in range(len(sources))
+        ]
+        jobs = []
+        for index, source in enumerate(sources):
+            image = load_image(source)
+            job_boxes, scores = self._regions_of(image, nested[index], nested[len(sources) + index], everything)
+            coefficients = [self._coefficients(image, job_boxes, policy) for policy, _ in groups]
+            jobs.append(_Job(image, job_boxes, scores, coefficients))
+        total = sum(len(job.boxes) for job in jobs)
+        described: list[list[Region]] = [[] for _ in jobs]
+        done = 0
+        with torch.inference_mode():
+            for chunk in self._chunks(jobs, batch_size):
+                for job_index, region in self._describe(jobs, chunk, groups, class_names, controls, num_beams):
+                    described[job_index].append(region)
+                    done += 1
+                if progress is not None:
+                    progress(done, total)
+        results = [Regions(job.image, regions) for job, regions in zip(jobs, described, strict=True)]
+        return results[0] if single else results
+
+    # ---------------------------------------------------------------- arguments
+
+    def _check_tasks(self, tasks: Any) -> tuple[str, ...]:
+        if isinstance(tasks, str):
+            tasks = (tasks,)
+        named = [_ALIASES.get(task, task) for task in _check_words(tasks, "tasks")]
+        for task in named:
+            if task not in TASKS:
+                import difflib
+
+                near = difflib.get_close_matches(str(task), TASKS, n=1)
+                raise InputError(
+                    f"unknown task {task!r}" + (f", did you mean {near[0]!r}?" if near else f"; use {', '.join(TASKS)}")
+                )
+        if not named:
+            raise InputError(f"no task given; use one or more of {', '.join(TASKS)}")
+        return tuple(task for task in TASKS if task in named)
+
+    def _check_classes(self, classes: Any) -> tuple[str, ...]:
+        names = self.processor.vocabulary.classes if classes is None else _check_words(classes, "classes")
+        if classes is not None and not names:
+            raise InputError("the class list is empty; give at least one class name, or leave it out")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if list(names).count(name) > 1)
+            raise InputError(f"the class list has {twice!r} twice; name every class once")
+        return tuple(names)
+
+    def _group_tasks(self, tasks: Sequence[str], views: Any) -> list[tuple[np.ndarray | str, tuple[str, ...]]]:
+        """Tasks that look through the same views, together."""
+        config = self.model.config
+        groups: dict[Any, tuple[Any, list[str]]] = {}
+        for task in tasks:
+            policy = resolve_policy(views, task, config.num_views, config.view_policy)
+            key = policy if isinstance(policy, str) else tuple(policy)
+            groups.setdefault(key, (policy, []))[1].append(task)
+        return [(policy, tuple(members)) for policy, members in groups.values()]
+
+    @staticmethod
+    def _pick(value: Any, index: int, count: int, single: bool, name: str) -> Any:
+        if value is None or single:
+            return value
+        if not isinstance(value, list | tuple) or len(value) != count:
+            given = len(value) if isinstance(value, list | tuple) else type(value).__name__
+            raise InputError(f"{count} images need {count} lists of {name}, one per image, not {given}")
+        return value[index]
+
+    def _find_proposer(self) -> Proposer:
+        """The proposer that was given, or the one that the configuration names, loaded when it is first needed."""
+        with self._lock:
+            if self._proposer is None:
+                name = self.model.config.proposer
+                if name is None:
+                    raise InputError("this model has no region proposer; give boxes or masks")
+                from foveate.vision.proposer import RegionProposer
+
+                self._proposer = RegionProposer.from_pretrained(name)
+            return self._proposer
+
+    def _regions_of(
+        self, image: Image.Image, boxes: Any, masks: Any, everything: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Boxes (R, 4) of one image, from boxes, masks, proposals, or the whole image."""
+        width, height = image.size
+        if everything:
+            if boxes is not None or masks is not None:
+                raise InputError("everything=True finds the regions by itself; leave out boxes and masks")
+            return self._find_proposer()(image)
+        if boxes is None and masks is None:
+            return np.array([[0, 0, width, height]], dtype=np.float32), None
+        parts = []
+        if boxes is not None:
+            parts.append(validate_boxes(boxes, image_size=(height, width)).numpy().astype(np.float32))
+        if masks is not None:
+            parts.append(self._mask_boxes(masks, width, height))
+        regions = np.concatenate(parts)
+        if len(regions) > MAX_REGIONS_PER_IMAGE:
+            raise InputError(
+                f"{len(regions)} regions of one image are more than the {MAX_REGIONS_PER_IMAGE} allowed; split them"
+            )
+        return regions, None
+
+    @staticmethod
+    def _mask_boxes(masks: Any, width: int, height: int) -> np.ndarray:
+        if isinstance(masks, dict) or (isinstance(masks, np.ndarray) and masks.ndim == 2):
+            masks = [masks]
+        if not isinstance(masks, np.ndarray | list | tuple):
+            raise InputError(f"masks must be a list of H x W arrays or COCO RLEs, not {type(masks).__name__}")
+        boxes = []
+        for mask in masks:
+            pixels = decode_rle(mask, size=(height, width)) if isinstance(mask, dict) else np.asarray(mask)
+            if pixels.shape != (height, width):
+                raise InputError(
+                    f"a mask has shape {pixels.shape}, but the image is {height} x {width}; they must agree"
+                )
+            if pixels.dtype.kind not in "bui":
+                raise InputError(f"a mask must be of bools or whole numbers, not {pixels.dtype}; give mask > threshold")
+            # Half-open like every box of ours; the official code drops the last row and column (spec 2.1).
+            boxes.append(region_from_mask(pixels) + np.array([0, 0, 1, 1]))
+        return np.array(boxes, dtype=np.float32).reshape(-1, 4)
+
+    def _coefficients(self, image: Image.Image, boxes: np.ndarray, policy: np.ndarray | str) -> np.ndarray:
+        count = self.model.config.num_views - 1
+        if isinstance(policy, str):
+            return search_coefficients(image, boxes, min(count, len(CANDIDATE_VIEWS)), selection=policy)
+        return np.broadcast_to(policy, (len(boxes), len(policy)))
+
+    # ---------------------------------------------------------------- the work
+
+    @staticmethod
+    def _chunks(jobs: list[_Job], batch_size: int) -> Iterator[list[tuple[int, slice]]]:
+        """Runs of at most `batch_size` regions, crossing images: (job, slice of its regions)."""
+        chunk: list[tuple[int, slice]] = []
+        room = batch_size
+        for index, job in enumerate(jobs):
+            start = 0
+            while start < len(job.boxes):
+                stop = min(len(job.boxes), start + room)
+                chunk.append((index, slice(start, stop)))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield chunk
+                    chunk, room = [], batch_size
+        if chunk:
+            yield chunk
+
+    def _describe(
+        self,
+        jobs: list[_Job],
+        chunk: list[tuple[int, slice]],
+        groups: list[tuple[np.ndarray | str, tuple[str, ...]]],
+        classes: tuple[str, ...],
+        controls: tuple[str, ...],
+        num_beams: int | None,
+    ) -> Iterator[tuple[int, Region]]:
+        config = self.model.config
+        n = config.num_views
+        batches = [
+            build_views(
+                jobs[index].image,
+                jobs[index].boxes[rows],
+                np.concatenate([t[rows] for t in jobs[index].coefficients], axis=1),
+                config.image_size,
+                exact=config.exact_box_rounding,
+            )
+            for index, rows in chunk
+        ]
+        tokens = self._encode(np.concatenate([batch.crops for batch in batches]))
+        offsets = np.cumsum([0, *(len(batch.crops) for batch in batches[:-1])])
+        view_index = np.concatenate([batch.view_index + offset for batch, offset in zip(batches, offsets, strict=True)])
+        region_boxes = np.concatenate([batch.region_boxes for batch in batches])
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for number, (_, members) in enumerate(groups):
+            columns = slice(number * n, (number + 1) * n)
+            index = torch.from_numpy(view_index[:, columns].copy()).to(tokens.device)
+            boxes = torch.from_numpy(region_boxes[:, columns].copy()).to(tokens.device)
+            query_output = self.model.encode_regions(tokens[index.flatten()], boxes)
+            if not torch.isfinite(query_output).all():
+                raise CheckpointError(
+                    f"the region tokens are not finite in {query_output.dtype} on {query_output.device}; load with "
+                    "dtype=torch.float32 and check that the checkpoint is intact"
+                )
+            answers |= self._answer(query_output, members, classes, controls, num_beams)
+        rows_in_chunk = 0
+        for (job_index, rows), batch in zip(chunk, batches, strict=True):
+            job = jobs[job_index]
+            for local, row in enumerate(range(rows.start, rows.stop)):
+                fields: dict[str, Any] = {}
+                for answer in answers.values():
+                    fields |= answer[rows_in_chunk + local]
+                score = None if job.proposal_scores is None else float(job.proposal_scores[row])
+                region = Region(
+                    box=tuple(float(value) for value in job.boxes[row]),  # pyright: ignore[reportArgumentType]
+                    score=score,
+                    views=self._views(job.image, batch, local, groups),
+                )
+                yield job_index, replace(region, **fields)
+            rows_in_chunk += rows.stop - rows.start
+
+    def _views(
+        self, image: Image.Image, batch: Any, row: int, groups: Sequence[tuple[Any, tuple[str, ...]]]
+    ) -> tuple[View, ...]:
+        n = self.model.config.num_views
+        seen: dict[tuple[float, tuple[int, ...]], list[str]] = {}
+        for number, (_, members) in enumerate(groups):
+            for column in range(number * n, (number + 1) * n):
+                box = tuple(int(v) for v in batch.crop_boxes[batch.view_index[row, column]])
+                served = seen.setdefault((float(batch.coefficients[row, column]), box), [])
+                served.extend(task for task in members if task not in served)
+        return tuple(View(t, box, tuple(tasks), image) for (t, box), tasks in sorted(seen.items()))  # pyright: ignore[reportArgumentType]
+
+    def _encode(self, crops: np.ndarray) -> Tensor:
+        """(U, s, s, 3) crops -> (U, 1 + g*g, C) tokens."""
+        weight = self.model.t5_proj.weight
+        size = self._views_together(weight.device)
+        pieces = [
+            self.model.encode_views(
+                self.processor.pixel_values(crops[start : start + size]).to(weight.device, weight.dtype)
+            )
+            for start in range(0, len(crops), size)
+        ]
+        return torch.cat(pieces)
+
+    def _views_together(self, device: torch.device) -> int:
+        """Views that the tower encodes at once: on a CPU as many as keep a layer's activations (tokens x 4 C) in its
+        cache, for there the tower is half as fast again with 32 of the small world's views as with 256."""
+        if device.type != "cpu":
+            return 256
+        config = self.model.config
+        return max(1, 2**20 // ((1 + config.grid_size**2) * 4 * config.vision_config.hidden_size))
+
+    def _answer(
+        self,
+        query_output: Tensor,
+        tasks: tuple[str, ...],
+        classes: tuple[str, ...],
+        controls: tuple[str, ...],
+        num_beams: int | None,
+    ) -> dict[str, list[dict[str, Any]]]:
+        """task -> one dict of `Region` fields per region."""
+        model, vocabulary = self.model, self.processor.vocabulary
+        count = len(query_output)
+        out: dict[str, list[dict[str, Any]]] = {}
+        tag_lists: list[tuple[str, ...]] = [()] * count
+        # The caption is steered by the predicted tags, unless the caller brought words (spec 4.1 step 7, 4.4 e).
+        if vocabulary.tags and ("tags" in tasks or ("caption" in tasks and not controls)):
+            logits = _finite(model.tag_logits(query_output, self._text_embeds(vocabulary.tags)), "tag")
+            raw = torch.sigmoid(logits)
+            shown = self._probability("tags", logits)
+            order = raw.argsort(dim=1, descending=True).cpu().numpy()
+            above = (raw > model.config.tag_threshold).cpu().numpy()
+            tag_lists = [tuple(vocabulary.tags[k] for k in order[r] if above[r, k]) for r in range(count)]
+            if "tags" in tasks:
+                scores = shown.cpu().numpy()
+                out["tags"] = [
+                    {"tags": tag_lists[r], "tag_scores": dict(zip(vocabulary.tags, scores[r].tolist(), strict=True))}
+                    for r in range(count)
+                ]
+        if "attributes" in tasks:
+            similarity = model.text_logits(query_output, self._text_embeds(tuple(vocabulary.prompts))).float()
+            best = group_maximum(_finite(model.contrast_logits(similarity), "attribute"), vocabulary.group_sizes)
+            scores = self._probability("attributes", best).cpu().numpy()
+            names = [attribute.name for attribute in vocabulary.attributes]
+            out["attributes"] = []
+            for row in scores:
+                listed = [k for k in np.argsort(-row, kind="stable") if row[k] > model.config.attribute_threshold]
+                out["attributes"].append(
+                    {
+                        "attributes": tuple(names[k] for k in listed),
+                        "attribute_scores": dict(zip(names, row.tolist(), strict=True)),
+                    }
+                )
+        if "category" in tasks:
+            prompts = tuple(CLASS_TEMPLATE.format(name.lower()) for name in classes)
+            similarity = model.text_logits(query_output, self._text_embeds(prompts)).float()
+            logits = _finite(model.contrast_logits(similarity), "class")
+            scale = model.config.calibration.get("category", (1.0,))[0]
+            scores = torch.softmax(scale * logits, dim=1).cpu().numpy()
+            out["category"] = [
+                {
+                    "category": classes[int(row.argmax())],
+                    "category_score": float(row.max()),
+                    "category_scores": dict(zip(classes, row.tolist(), strict=True)),
+                }
+                for row in scores
+            ]
+        if "caption" in tasks:
+            words = [tuple(dict.fromkeys((*controls, *tags))) for tags in tag_lists]
+            ids, mask = self.processor.language_ids([control_text(item) for item in words])
+            settings = {} if num_beams is None else {"num_beams": num_beams}
+            device = query_output.device
+            generated = model.generate(query_output, ids.to(device), mask.to(device), **settings)
+            captions = self.processor.decode(generated.sequences)
+            out["caption"] = [
+                {"caption": caption, "caption_score": float(score)}
+                for caption, score in zip(captions, generated.scores.tolist(), strict=True)
+            ]
+        return out
+
+    def _probability(self, task: str, logits: Tensor) -> Tensor:
+        scale, bias = self.model.config.calibration.get(task, (1.0, 0.0))
+        return torch.sigmoid(scale * logits + bias)
+
+    def _text_embeds(self, texts: tuple[str, ...]) -> Tensor:
+        """(V, D) embeddings of a list of texts; constant per list, so encoded once."""
+        with self._lock:
+            if texts not in self._embeds:
+                if len(self._embeds) >= 64:
+                    self._embeds.pop(next(iter(self._embeds)))
+                ids, mask = self.processor.text_ids(texts)
+                device = self.model.device
+                self._embeds[texts] = self.model.encode_text(ids.to(device), mask.to(device))
+            return self._embeds[texts]
+
+
+def _finite(logits: Tensor, what: str) -> Tensor:
+    """The logits in float32, if all are numbers."""
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            f"the {what} logits are not finite in {logits.dtype} on {logits.device}; load with dtype=torch.float32 and "
+            "check that the checkpoint is intact"
+        )
+    return logits.float()
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_words(words: Any, what: str) -> tuple[str, ...]:
+    if not isinstance(words, Sequence) or isinstance(words, str | bytes):
+        raise InputError(f"{what} must be a list of words, not {words!r}")
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise InputError(f"{what} must be a list of words, and {word!r} is none")
+    return tuple(words)

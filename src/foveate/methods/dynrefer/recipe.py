@@ -1,0 +1,507 @@
+"""Training and evaluation of DynRefer from a recipe (spec 3, 5)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+from foveate.checkpoints import find_checkpoint, read_config
+from foveate.data import open_dataset
+from foveate.data.dataset import SampleDataset
+from foveate.data.samples import RegionSample
+from foveate.data.text import clean_caption
+from foveate.errors import RecipeError
+from foveate.language.lm import load_language_model
+from foveate.metrics.calibration import expected_calibration_error, fit_platt
+from foveate.metrics.captioning import caption_report
+from foveate.metrics.classification import class_breakdown, mean_average_precision
+from foveate.training.recipes import Recipe, RecipePath, RecipeSection
+from foveate.training.sampling import SampleRandom, SeededDataset
+from foveate.training.trainer import TrainingTask
+from foveate.vision.images import load_image
+from foveate.world.export import export_scenes
+from foveate.world.vocabulary import (
+    attribute_vocabulary,
+    category_names,
+    colour_names,
+    relation_predicates,
+    tag_vocabulary,
+)
+
+from .configuration import CANDIDATE_VIEWS, DynReferConfig
+from .modeling import DynReferModel
+from .predictor import TASKS, DynReferPredictor
+from .processing import CLASS_TEMPLATE, DynReferProcessor, Vocabulary, control_text
+from .results import Region
+from .views import build_views, sample_coefficients
+
+log = logging.getLogger(__name__)
+
+
+class WorldScenes(RecipeSection):
+    """Scenes to render and export into `root` when nothing is there yet."""
+
+    first_seed: int = Field(ge=0)
+    count: int = Field(gt=0)
+    size: int = Field(256, ge=32, le=2048, description="side in pixels")
+    processes: int = Field(2, gt=0, le=64)
+
+
+class RegionData(RecipeSection):
+    """One split of a dataset of described regions."""
+
+    format: Literal["visual-genome", "refcocog", "coco"] = "visual-genome"
+    root: RecipePath
+    split: str = "train"
+    world: WorldScenes | None = Field(None, description="render the dataset first if `root` does not exist")
+    regions: int | None = Field(None, gt=0, description="use only so many regions, drawn by `seed`")
+    skip_bad: bool = False
+
+
+class TrainingData(RegionData):
+    views: Literal["random"] | list[float] = Field(
+        "random", description="context views: drawn anew for each region and epoch, or always these t's"
+    )
+    control_dropout: float = Field(0.5, ge=0, le=1, description="share of samples without any control word")
+    canonical_caption: float = Field(0.5, ge=0, le=1, description="share of samples with the first reference")
+    cache_images: bool = Field(True, description="keep decoded images in memory")
+
+
+class ModelSettings(RecipeSection):
+    """What is built; a field means what it means in `DynReferConfig`."""
+
+    base_models: dict[Literal["vision", "text", "language"], str]
+    init_from: str | None = Field(None, description="start from this DynRefer checkpoint instead of fresh modules")
+    num_views: int = Field(3, ge=1, le=11)
+    image_size: int = Field(224, gt=0)
+    vision_layer: int | Literal["last_hidden_state"] = "last_hidden_state"
+    num_query_tokens: int = Field(32, gt=0)
+    qformer_width: int = 768
+    qformer_layers: int = 12
+    qformer_heads: int = 12
+    qformer_dropout: float = Field(0.1, ge=0, lt=1)
+    align: bool = True
+    align_groups: int = 4
+    head_size: int = 256
+    head_layers: int = 2
+    head_num_attention_heads: int = 4
+    head_dropout: float = Field(0.1, ge=0, lt=1)
+    tag_loss_weight: float = Field(0.01, ge=0)
+    contrast_loss_weight: float = Field(0.5, ge=0)
+    caption_loss_weight: float = Field(1.0, ge=0)
+    prompt_loss_weight: float = Field(0.0, ge=0)
+    tag_threshold: float = Field(0.7, ge=0, le=1)
+    view_policy: dict[str, list[float]] | None = None
+    exact_box_rounding: bool = True
+    proposer: str | None = Field(None, description="region proposer for describing everything")
+    generation: dict[str, float] | None = None
+
+
+class EvaluationSettings(RecipeSection):
+    data: RegionData
+    views: str | list[float] | None = Field(None, description="null: the model's policy per task; auto; or t's")
+    tasks: tuple[str, ...] = TASKS
+    num_beams: int | None = None
+    batch_size: int = Field(64, gt=0)
+
+
+class DynReferRecipe(Recipe):
+    data: TrainingData
+    model: ModelSettings
+    evaluation: EvaluationSettings
+    calibration: RegionData | None = Field(None, description="held-out regions on which probabilities are calibrated")
+
+
+RECIPE = DynReferRecipe
+
+
+# -------------------------------------------------------------------- data
+
+
+def open_regions(data: RegionData) -> tuple[SampleDataset, list[tuple[int, int]]]:
+    """The dataset and the (image, region) pairs of it that have a caption; rendered first if the recipe says so."""
+    if not data.root.exists() and data.world is not None:
+        log.info("rendering %d scenes into %s", data.world.count, data.root)
+        export_scenes(
+            data.root,
+            data.format,
+            first_seed=data.world.first_seed,
+            count=data.world.count,
+            size=data.world.size,
+            val_fraction=0.0,
+            processes=data.world.processes,
+        )
+    dataset = open_dataset(data.format, data.root, data.split, skip_bad=data.skip_bad)
+    index = [(i, k) for i, sample in enumerate(dataset) for k, region in enumerate(sample.regions) if region.captions]
+    if not index:
+        raise RecipeError(f"the dataset {data.root} has no region with a caption in its split {data.split!r}")
+    if data.regions is not None and data.regions < len(index):
+        chosen = np.random.default_rng(0).choice(len(index), size=data.regions, replace=False)
+        index = [index[k] for k in np.sort(chosen)]
+    return dataset, index
+
+
+def dataset_vocabulary(dataset: SampleDataset, name: str) -> Vocabulary:
+    """The rendered world's lists for its own datasets; for others the words that the annotations use."""
+    manifest = dataset.root / "dataset.json"
+    if manifest.is_file() and json.loads(manifest.read_text()).get("source") == "foveate.world.scenes":
+        return Vocabulary.from_words(tag_vocabulary(), attribute_vocabulary(), category_names(), "foveate.world")
+    tags: set[str] = set()
+    attributes: set[str] = set()
+    classes: set[str] = set()
+    for sample in dataset:
+        for region in sample.regions:
+            tags.update(region.tags)
+            attributes.update(region.attributes)
+            classes.update([region.category] if region.category else [])
+    return Vocabulary.from_words(sorted(tags), sorted(attributes), sorted(classes), name)
+
+
+class RegionDataset(SeededDataset):
+    """One described region a sample: its views, boxes, caption, control words and targets.
+
+    `views="random"` draws n - 1 different t's for each region anew (stochastic multi-view embedding, paper 3.1).
+    """
+
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        index: list[tuple[int, int]],
+        config: DynReferConfig,
+        vocabulary: Vocabulary,
+        data: TrainingData,
+    ) -> None:
+        self.dataset, self.index, self.config, self.data = dataset, index, config, data
+        self.tags = {tag.lower(): k for k, tag in enumerate(vocabulary.tags)}
+        self.attributes = {attribute.name: k for k, attribute in enumerate(vocabulary.attributes)}
+        self.classes = {name: k for k, name in enumerate(vocabulary.classes)}
+        self.repeats = torch.tensor(vocabulary.group_sizes, dtype=torch.long)
+        self._images: dict[int, Any] = {}
+        if data.views != "random" and len(data.views) != config.num_views - 1:
+            raise RecipeError(
+                f"data.views gives {len(data.views)} t's, but num_views {config.num_views} needs one less"
+            )
+        if data.views == "random" and config.num_views - 1 > len(CANDIDATE_VIEWS):
+            raise RecipeError(f"num_views can be at most {len(CANDIDATE_VIEWS) + 1} with random views")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def _image(self, index: int) -> Any:
+        if index not in self._images:
+            image = load_image(self.dataset[index].path)
+            if not self.data.cache_images:
+                return image
+            self._images[index] = image
+        return self._images[index]
+
+    def sample(self, index: int, random: SampleRandom) -> dict[str, Any]:
+        image_index, number = self.index[index]
+        region = self.dataset[image_index].regions[number]
+        draw = random.numpy
+        count = self.config.num_views - 1
+        t = sample_coefficients(count, draw) if self.data.views == "random" else np.array([0.0, *self.data.views])
+        batch = build_views(
+            self._image(image_index),
+            np.array([region.box]),
+            t[None],
+            self.config.image_size,
+            exact=self.config.exact_box_rounding,
+        )
+        first = draw.random() < self.data.canonical_caption
+        caption = region.captions[0 if first else int(draw.integers(len(region.captions)))]
+        return {
+            "crops": batch.crops[batch.view_index[0]],
+            "region_boxes": batch.region_boxes[0],
+            "caption": clean_caption(caption),
+            "control": control_text(self._controls(region, draw)),
+            "tags": self._tag_targets(region),
+            "prompts": self.prompt_labels(region),
+        }
+
+    def _controls(self, region: RegionSample, draw: np.random.Generator) -> list[str]:
+        """Control words in training (spec 3): none for half of the samples, else each word with probability a half."""
+        if draw.random() < self.data.control_dropout:
+            return []
+        kept = [tag for tag in dict.fromkeys(region.tags) if draw.random() < 0.5]
+        draw.shuffle(kept)
+        return kept
+
+    def _tag_targets(self, region: RegionSample) -> Tensor:
+        targets = torch.zeros(len(self.tags))
+        targets[[self.tags[tag.lower()] for tag in region.tags if tag.lower() in self.tags]] = 1
+        return targets
+
+    def prompt_labels(self, region: RegionSample) -> Tensor:
+        """1, 0 or -1 (unknown) for each attribute prompt, then for each class."""
+        known = torch.full((len(self.attributes),), -1.0)
+        known[[self.attributes[name] for name in region.negative_attributes if name in self.attributes]] = 0
+        known[[self.attributes[name] for name in region.attributes if name in self.attributes]] = 1
+        classes = torch.full((len(self.classes),), -1.0)
+        if region.category in self.classes:
+            classes[:] = 0
+            classes[self.classes[region.category]] = 1
+        return torch.cat([known.repeat_interleave(self.repeats), classes])
+
+
+class Collate:
+    """Samples -> the keywords of `DynReferModel.forward`."""
+
+    def __init__(self, processor: DynReferProcessor, tag_embeds: Tensor, prompt_embeds: Tensor) -> None:
+        self.processor, self.tag_embeds, self.prompt_embeds = processor, tag_embeds, prompt_embeds
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        captions = [sample["caption"] for sample in samples]
+        text_ids, text_mask = self.processor.text_ids(captions)
+        caption_ids, caption_mask = self.processor.language_ids(captions)
+        control_ids, control_mask = self.processor.language_ids([sample["control"] for sample in samples])
+        return {
+            "pixel_values": self.processor.pixel_values(np.concatenate([sample["crops"] for sample in samples])),
+            "region_boxes": torch.from_numpy(np.stack([sample["region_boxes"] for sample in samples])),
+            "tag_embeds": self.tag_embeds,
+            "tag_targets": torch.stack([sample["tags"] for sample in samples]),
+            "prompt_embeds": self.prompt_embeds,
+            "prompt_labels": torch.stack([sample["prompts"] for sample in samples]),
+            "caption_text_ids": text_ids,
+            "caption_text_mask": text_mask,
+            "caption_ids": caption_ids,
+            "caption_mask": caption_mask,
+            "control_ids": control_ids,
+            "control_mask": control_mask,
+        }
+
+
+# -------------------------------------------------------------------- model
+
+
+def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynReferModel:
+    """The model of a recipe with its frozen parts loaded."""
+    folders = {part: find_checkpoint(name) for part, name in settings.base_models.items()}
+    missing = {"vision", "text", "language"} - set(folders)
+    if missing:
+        raise RecipeError(f"model.base_models must name {', '.join(sorted(missing))} too")
+    if settings.init_from is not None:
+        return DynReferModel.from_pretrained(find_checkpoint(settings.init_from))
+    chosen = settings.model_dump(
+        exclude={"init_from", "qformer_width", "qformer_layers", "qformer_heads", "qformer_dropout"}
+    )
+    language_config = load_language_model(folders["language"], dtype=torch.float32, feed_forward_activation="gelu")[
+        0
+    ].config
+    vision_config = AutoConfig.from_pretrained(folders["vision"])
+    text_config = vision_config if folders["text"] == folders["vision"] else AutoConfig.from_pretrained(folders["text"])
+    text = getattr(text_config, "text_config", text_config)
+    if not isinstance(text, CLIPTextConfig):
+        raise RecipeError(f"the text base model must be a CLIP, not {read_config(folders['text']).get('model_type')!r}")
+    config = DynReferConfig(
+        vision_config=getattr(vision_config, "vision_config", vision_config).to_dict(),
+        text_config=text.to_dict(),
+        qformer_config={
+            "hidden_size": settings.qformer_width,
+            "num_hidden_layers": settings.qformer_layers,
+            "num_attention_heads": settings.qformer_heads,
+            "intermediate_size": 4 * settings.qformer_width,
+            "hidden_dropout_prob": settings.qformer_dropout,
+            "attention_probs_dropout_prob": settings.qformer_dropout,
+        },
+        language_config=language_config.to_dict(),
+        **chosen,
+    )
+    return DynReferModel(config).load_base_models()
+
+
+def build(recipe: DynReferRecipe) -> TrainingTask:
+    """Data, model, collation, and the calibration that follows training."""
+    dataset, index = open_regions(recipe.data)
+    model = build_model(recipe.model)
+    config: Any = model.config
+    vocabulary = dataset_vocabulary(dataset, str(recipe.data.root))
+    processor = DynReferProcessor(
+        vocabulary,
+        AutoTokenizer.from_pretrained(find_checkpoint(recipe.model.base_models["text"])),
+        AutoTokenizer.from_pretrained(find_checkpoint(recipe.model.base_models["language"])),
+        image_mean=model.vision_tower.mean,
+        image_std=model.vision_tower.std,
+    )
+    prompts = [*vocabulary.prompts, *(CLASS_TEMPLATE.format(name.lower()) for name in vocabulary.classes)]
+    tag_embeds = model.encode_text(*processor.text_ids(vocabulary.tags))
+    prompt_embeds = model.encode_text(*processor.text_ids(prompts))
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder, base_models=config.base_models)
+
+    def after_training(_: Any, output: Path) -> None:
+        if recipe.calibration is not None:
+            config.calibration = calibrate(DynReferPredictor(model, processor), recipe.calibration)
+
+    return TrainingTask(
+        model=model,
+        train_dataset=RegionDataset(dataset, index, config, vocabulary, recipe.data),
+        collate=Collate(processor, tag_embeds, prompt_embeds),
+        save=save,
+        after_training=after_training,
+        save_frozen=False,
+    )
+
+
+# -------------------------------------------------------------------- evaluation
+
+
+def _targets(regions: list[RegionSample], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    """Labels of tags (R, V) and attributes (R, A; -1 unknown), and class indices (R,; -1 none)."""
+    tags = {tag: k for k, tag in enumerate(vocabulary.tags)}
+    attributes = {attribute.name: k for k, attribute in enumerate(vocabulary.attributes)}
+    classes = {name: k for k, name in enumerate(vocabulary.classes)}
+    tag_labels = np.zeros((len(regions), len(tags)), int)
+    attribute_labels = np.full((len(regions), len(attributes)), -1)
+    for row, region in enumerate(regions):
+        tag_labels[row, [tags[tag] for tag in region.tags if tag in tags]] = 1
+        attribute_labels[row, [attributes[a] for a in region.negative_attributes if a in attributes]] = 0
+        attribute_labels[row, [attributes[a] for a in region.attributes if a in attributes]] = 1
+    category = np.array([classes.get(region.category or "", -1) for region in regions])
+    return {"tags": tag_labels, "attributes": attribute_labels, "category": category}
+
+
+def describe_all(
+    predictor: DynReferPredictor, data: RegionData, **options: Any
+) -> tuple[list[RegionSample], list[Region], list[int]]:
+    """Run a predictor over the regions of a dataset: their truth, what was said, and their image ids."""
+    dataset, index = open_regions(data)
+    by_image: dict[int, list[int]] = {}
+    for image, number in index:
+        by_image.setdefault(image, []).append(number)
+    truth: list[RegionSample] = []
+    said: list[Region] = []
+    image_ids: list[int] = []
+    images = list(by_image.items())
+    for start in range(0, len(images), 16):
+        samples = [(dataset[image], numbers) for image, numbers in images[start : start + 16]]
+        boxes = [[sample.regions[number].box for number in numbers] for sample, numbers in samples]
+        results: Any = predictor([str(sample.path) for sample, _ in samples], boxes=boxes, **options)
+        for (sample, numbers), regions in zip(samples, results, strict=True):
+            truth.extend(sample.regions[number] for number in numbers)
+            image_ids.extend([sample.image_id] * len(numbers))
+            said.extend(list(regions))
+    return truth, said, image_ids
+
+
+def calibrate(predictor: DynReferPredictor, data: RegionData) -> dict[str, list[float]]:
+    """Fit probability = sigmoid(scale * logit + bias) of tags and attributes, and the temperature of the classes."""
+    model, vocabulary = predictor.model, predictor.processor.vocabulary
+    model.config.calibration = {}
+    model.eval()
+    truth, said, _ = describe_all(predictor, data, tasks=("tags", "attributes", "category"))
+    targets = _targets(truth, vocabulary)
+    fitted: dict[str, list[float]] = {}
+    for task, field in (("tags", "tag_scores"), ("attributes", "attribute_scores")):
+        scores = np.array([list(getattr(region, field).values()) for region in said])
+        logits = _logit(scores)
+        if (targets[task] == 1).any() and (targets[task] == 0).any():
+            scaling = fit_platt(logits, targets[task])
+            fitted[task] = [scaling.scale, scaling.bias]
+    known = targets["category"] >= 0
+    if known.any():
+        scores = np.array([list(region.category_scores.values()) for region in said])[known]
+        fitted["category"] = [
+            _temperature(torch.from_numpy(scores).clamp_min(1e-12).log(), torch.from_numpy(targets["category"][known]))
+        ]
+    return fitted
+
+
+def _logit(probability: np.ndarray) -> np.ndarray:
+    clipped = np.clip(probability.astype(np.float64), 1e-9, 1 - 1e-9)
+    return np.log(clipped / (1 - clipped))
+
+
+def _temperature(log_scores: Tensor, labels: Tensor) -> float:
+    """The scale of softmax(scale * logits) with the least cross-entropy, by a fine search over its logarithm."""
+    scales = torch.logspace(-1.5, 1.5, 301, dtype=torch.float64)
+    losses = [torch.nn.functional.cross_entropy(scale * log_scores, labels) for scale in scales]
+    return float(scales[int(torch.stack(losses).argmin())])
+
+
+def evaluate(recipe: DynReferRecipe, model_path: Path) -> dict[str, Any]:
+    """Metrics of the main job on regions with given boxes (spec 5)."""
+    predictor = DynReferPredictor.from_pretrained(model_path)
+    settings = recipe.evaluation
+    options = {"num_beams": settings.num_beams, "batch_size": settings.batch_size}
+    truth, said, image_ids = describe_all(
+        predictor, settings.data, tasks=settings.tasks, views=settings.views, **options
+    )
+    return score(truth, said, predictor.processor.vocabulary, settings.tasks) | {
+        "images": len(set(image_ids)),
+        "dataset": f"{settings.data.format} {settings.data.root} {settings.data.split}",
+        "boxes": "ground truth",
+    }
+
+
+def score(
+    truth: list[RegionSample], said: list[Region], vocabulary: Vocabulary, tasks: Sequence[str]
+) -> dict[str, Any]:
+    """Category accuracy, attribute and tag mAP, caption metrics and calibration errors of described regions."""
+    targets = _targets(truth, vocabulary)
+    metrics: dict[str, Any] = {"regions": len(truth)}
+    if "category" in tasks and (targets["category"] >= 0).any():
+        known = targets["category"] >= 0
+        scores = np.array([list(region.category_scores.values()) for region in said])[known]
+        labels = targets["category"][known]
+        breakdown = class_breakdown(scores, labels)
+        metrics["category_accuracy"] = breakdown.accuracy
+        metrics["category_ece"] = expected_calibration_error(scores.max(axis=1), scores.argmax(axis=1) == labels)
+        metrics["per_category"] = {
+            name: round(float(value), 4)
+            for name, value in zip(vocabulary.classes, breakdown.per_class, strict=True)
+            if np.isfinite(value)
+        }
+    for task, field in (("attributes", "attribute_scores"), ("tags", "tag_scores")):
+        if task in tasks and (targets[task] == 1).any():
+            scores = np.array([list(getattr(region, field).values()) for region in said])
+            result = mean_average_precision(scores, targets[task])
+            known = targets[task] >= 0
+            name = task.removesuffix("s")
+            metrics[f"{name}_map"] = result.mean
+            metrics[f"{name}_ece"] = expected_calibration_error(scores[known], targets[task][known] == 1)
+            if task == "attributes":
+                names = [attribute.name for attribute in vocabulary.attributes]
+                metrics["per_attribute"] = {
+                    name: round(float(value), 4)
+                    for name, value in zip(names, result.per_class, strict=True)
+                    if np.isfinite(value)
+                }
+    if "caption" in tasks:
+        captions = [region.caption or "" for region in said]
+        references = [[clean_caption(text) for text in region.captions] for region in truth]
+        canonical = [group[:1] for group in references]
+        colours, relations = colour_names(), relation_predicates()
+        report = caption_report(captions, references, colours=colours, attributes=attribute_vocabulary())
+        metrics["cider"] = report.cider
+        metrics["exact_caption"] = report.exact_match
+        # Colour and relation are judged against the canonical caption: paraphrases may leave them out.
+        first = [_first_word(caption, colours) for caption in captions]
+        wanted = [_first_word(group[0], colours) for group in canonical]
+        metrics["colour_word_accuracy"] = _share(first, wanted)
+        metrics["attribute_word_accuracy"] = report.words["attribute"].accuracy
+        relation = caption_report(captions, canonical, relations=relations).words["relation"]
+        metrics["relation_word_accuracy"] = relation.accuracy
+        metrics["regions_with_relation"] = relation.count
+    return metrics
+
+
+def _first_word(caption: str, words: list[str]) -> str | None:
+    return next((word for word in caption.split() if word in words), None)
+
+
+def _share(said: list[str | None], wanted: list[str | None]) -> float:
+    pairs = [(a, b) for a, b in zip(said, wanted, strict=True) if b is not None]
+    return float(np.mean([a == b for a, b in pairs])) if pairs else float("nan")

@@ -1,0 +1,202 @@
+"""What a describer returns: regions with their words and probabilities, and pictures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from PIL import Image, ImageDraw, ImageFont
+
+PALETTE = (
+    (214, 39, 40),
+    (31, 119, 180),
+    (44, 160, 44),
+    (255, 127, 14),
+    (148, 103, 189),
+    (23, 190, 207),
+    (227, 119, 194),
+    (140, 86, 75),
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """One crop that the model looked at.
+
+    Attributes:
+        t: interpolation coefficient, 0 for the region itself, 1 for the whole image.
+        box: xyxy pixels of the crop in the image.
+        tasks: the tasks that this view served.
+    """
+
+    t: float
+    box: tuple[int, int, int, int]
+    tasks: tuple[str, ...]
+    _source: Image.Image = field(repr=False, compare=False)
+
+    @property
+    def image(self) -> Image.Image:
+        """The crop at the image's own resolution."""
+        return self._source.crop(self.box)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A described region. What was not asked for is None or empty; all scores are probabilities.
+
+    Attributes:
+        box: xyxy pixels.
+        caption, caption_score: the sentence and the probability of its tokens under the decoder.
+        tags, tag_scores: tags above the model's threshold, best first; the scores of all tags.
+        attributes, attribute_scores: attributes above the model's threshold, best first; the scores of all.
+        category, category_score, category_scores: best class, its probability, and those of all classes.
+        score: confidence of the proposal where the region was found by the describer itself.
+        views: the crops that the model looked at.
+    """
+
+    box: tuple[float, float, float, float]
+    caption: str | None = None
+    caption_score: float | None = None
+    tags: tuple[str, ...] = ()
+    tag_scores: dict[str, float] = field(default_factory=dict, repr=False)
+    attributes: tuple[str, ...] = ()
+    attribute_scores: dict[str, float] = field(default_factory=dict, repr=False)
+    category: str | None = None
+    category_score: float | None = None
+    category_scores: dict[str, float] = field(default_factory=dict, repr=False)
+    score: float | None = None
+    views: tuple[View, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; tags and attributes with the scores of those that are listed."""
+        out: dict[str, Any] = {"box": [round(value, 2) for value in self.box]}
+        if self.score is not None:
+            out["score"] = round(self.score, 4)
+        if self.caption is not None:
+            out |= {"caption": self.caption, "caption_score": round(self.caption_score or 0.0, 4)}
+        if self.tag_scores:
+            out["tags"] = {tag: round(self.tag_scores[tag], 4) for tag in self.tags}
+        if self.attribute_scores:
+            out["attributes"] = {name: round(self.attribute_scores[name], 4) for name in self.attributes}
+        if self.category is not None:
+            out |= {"category": self.category, "category_score": round(self.category_score or 0.0, 4)}
+        out["views"] = [{"t": view.t, "box": list(view.box), "tasks": list(view.tasks)} for view in self.views]
+        return out
+
+
+class Regions(Sequence[Region]):
+    """The regions of one image, in the order of the given boxes."""
+
+    def __init__(self, image: Image.Image, regions: Sequence[Region]) -> None:
+        self.image = image
+        self.regions = tuple(regions)
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    @overload
+    def __getitem__(self, index: int) -> Region: ...
+    @overload
+    def __getitem__(self, index: slice) -> Regions: ...
+    def __getitem__(self, index: int | slice) -> Region | Regions:
+        if isinstance(index, slice):
+            return Regions(self.image, self.regions[index])
+        return self.regions[index]
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self.regions)
+
+    def __repr__(self) -> str:
+        return f"Regions({self.image.width}x{self.image.height}, {list(self.regions)!r})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Size of the image and the regions as plain values."""
+        width, height = self.image.size
+        return {"width": width, "height": height, "regions": [region.to_dict() for region in self.regions]}
+
+    def plot(self, *, side: int = 640) -> Image.Image:
+        """The image with numbered boxes, and beside it what was said of each.
+
+        Args:
+            side: least length in pixels of the image's longer side; small images are enlarged for reading.
+        """
+        scale = max(1.0, side / max(self.image.size))
+        picture = self.image.resize((round(self.image.width * scale), round(self.image.height * scale)))
+        draw = ImageDraw.Draw(picture)
+        font = ImageFont.load_default(max(13, round(min(picture.size) / 34)))
+        line = max(2, round(min(picture.size) / 220))
+        for number, region in enumerate(self.regions):
+            x0, y0, x1, y1 = (value * scale for value in region.box)
+            colour = PALETTE[number % len(PALETTE)]
+            draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=line)
+            label = str(number + 1)
+            left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+            width, height = right - left + 8, bottom - top + 8
+            at = (min(max(0.0, x0), picture.width - width), max(0.0, y0 - height))
+            draw.rectangle((*at, at[0] + width, at[1] + height), fill=colour)
+            draw.text((at[0] + 4 - left, at[1] + 4 - top), label, fill="white", font=font)
+        return _beside(picture, self._legend(font), font)
+
+    def _legend(self, font: Any) -> list[tuple[tuple[int, int, int], str]]:
+        lines = []
+        for number, region in enumerate(self.regions):
+            colour = PALETTE[number % len(PALETTE)]
+            head = region.caption or region.category or "region"
+            score = region.caption_score if region.caption is not None else region.category_score
+            lines.append((colour, f"{number + 1}  {head}" + (f"  ({score:.2f})" if score is not None else "")))
+            if region.category is not None and region.caption is not None:
+                lines.append(((90, 90, 90), f"     category: {region.category} ({region.category_score:.2f})"))
+            if region.attributes:
+                words = ", ".join(f"{name} {region.attribute_scores[name]:.2f}" for name in region.attributes)
+                lines.append(((90, 90, 90), f"     attributes: {words}"))
+            if region.tags:
+                lines.append(((90, 90, 90), f"     tags: {', '.join(region.tags)}"))
+        return lines
+
+    def plot_views(self, *, side: int = 128) -> Image.Image:
+        """A row per region: every crop that the model looked at, labelled with its t and tasks."""
+        font = ImageFont.load_default(12)
+        gap, head = 8, 34
+        columns = max((len(region.views) for region in self.regions), default=0)
+        size = (max(1, columns) * (side + gap) + gap, max(1, len(self.regions)) * (side + head + gap) + gap)
+        picture = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(picture)
+        for row, region in enumerate(self.regions):
+            top = gap + row * (side + head + gap)
+            for column, view in enumerate(region.views):
+                left = gap + column * (side + gap)
+                draw.text((left, top), f"{row + 1}: t = {view.t:g}", fill=PALETTE[row % len(PALETTE)], font=font)
+                draw.text((left, top + 15), _fit(", ".join(view.tasks), font, side), fill=(90, 90, 90), font=font)
+                picture.paste(view.image.resize((side, side)), (left, top + head))
+        return picture
+
+
+def _fit(text: str, font: Any, width: int) -> str:
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip(" ,…") + "…" if len(text) > 2 else ""
+    return text
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    lines, indent = [""], " " * (len(text) - len(text.lstrip(" ")) + 3)
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word or " "
+        if font.getlength(longer) > width and lines[-1].strip():
+            lines.append(indent + word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _beside(picture: Image.Image, legend: list[tuple[tuple[int, int, int], str]], font: Any) -> Image.Image:
+    """The picture with its legend on the right, as wide as the picture and as tall as either needs."""
+    width = max(420, picture.width * 3 // 4)
+    height = round(font.size * 1.45)
+    lines = [(colour, line) for colour, text in legend for line in _wrap(text, font, width - 24)]
+    out = Image.new("RGB", (picture.width + width, max(picture.height, height * len(lines) + 24)), "white")
+    out.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(out)
+    for row, (colour, text) in enumerate(lines):
+        draw.text((picture.width + 12, 12 + row * height), text, fill=colour, font=font)
+    return out

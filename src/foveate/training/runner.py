@@ -1,0 +1,87 @@
+"""Train and evaluate by recipe: what `foveate train` and `foveate evaluate` call."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.errors import InputError
+from foveate.files import atomic_write
+from foveate.training.recipes import Recipe, load_recipe, recipe_module
+
+if TYPE_CHECKING:
+    from foveate.training.trainer import TrainResult
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics of a model on the evaluation data of a recipe, as written to `evaluation.json`."""
+
+    method: str
+    model: str
+    metrics: dict[str, Any]
+    seconds: float
+
+
+def train(
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    resume: bool | Path = False,
+    out: str | Path | None = None,
+) -> TrainResult:
+    """Train by a recipe; the resolved recipe is written to `recipe.yaml` in the output folder.
+
+    Args:
+        recipe_path: YAML file.
+        overrides: `section.key=value` each.
+        resume: True goes on from the newest checkpoint in the output folder, a path from that checkpoint.
+        out: output folder, in place of the recipe's `output`.
+
+    Raises:
+        RecipeError, CheckpointError: see `load_recipe` and `trainer.run`.
+    """
+    recipe = _load(recipe_path, overrides, out)
+    module = recipe_module(recipe.method)
+
+    from transformers import set_seed
+
+    from foveate.training.trainer import run
+
+    set_seed(recipe.seed)  # before the model is built: a resumed run must start from the same frozen weights
+    task = module.build(recipe)
+    return run(task, recipe.training, recipe.output, recipe.seed, resume, on_start=recipe.save)
+
+
+def evaluate(
+    recipe_path: str | Path, model: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None
+) -> EvaluationResult:
+    """Evaluate a model folder on the recipe's evaluation data; the metrics are written to OUTPUT/evaluation.json.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+        InputError: `model` is not a folder.
+    """
+    recipe = _load(recipe_path, overrides, out)
+    if not Path(model).is_dir():
+        raise InputError(
+            f"There is no model folder {model}; give one that training wrote ({recipe.output}/checkpoint)."
+        )
+
+    from transformers import set_seed
+
+    set_seed(recipe.seed)
+    started = time.perf_counter()
+    metrics = recipe_module(recipe.method).evaluate(recipe, Path(model))
+    result = EvaluationResult(recipe.method, str(model), metrics, round(time.perf_counter() - started, 2))
+    with atomic_write(recipe.output / "evaluation.json") as file:
+        json.dump(asdict(result), file, indent=1)
+    return result
+
+
+def _load(recipe_path: str | Path, overrides: Sequence[str], out: str | Path | None) -> Recipe:
+    extra = [] if out is None else [f"output={json.dumps(str(out))}"]
+    return load_recipe(recipe_path, [*overrides, *extra])

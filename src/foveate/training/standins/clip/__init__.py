@@ -1,0 +1,1 @@
+"""clip-world: a small CLIP of the rendered world."""

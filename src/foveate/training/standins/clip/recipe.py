@@ -1,0 +1,347 @@
+"""Pre-training of `clip-world`: a `CLIPModel` trained on crops of rendered scenes and their captions.
+
+The contrast of crops and captions (Radford et al. 2021) alone would need more pictures than a laptop can look at, so
+three objectives on the tokens of `dense_layer` help, all free in a rendered world; their heads are thrown away:
+each patch names the object under it (category, attributes) and what that object's caption relates it to, and the class
+token says which categories are where. What is kept is a plain CLIP checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from foveate.training.recipes import Recipe, RecipeSection
+from foveate.training.sampling import SampleRandom, SeededDataset
+from foveate.training.standins.rendered import RenderedData, RenderedScenes
+from foveate.training.trainer import TrainingTask
+from foveate.world.scenes import render_scene
+from foveate.world.vocabulary import attribute_vocabulary, category_names, colour_names, relation_predicates
+
+log = logging.getLogger(__name__)
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipSizes(RecipeSection):
+    """Sizes of the two towers."""
+
+    image_size: int = Field(60, gt=0, description="pixels, side of the input")
+    patch_size: int = Field(10, gt=0, description="pixels")
+    vision_width: int = 128
+    vision_layers: int = 7
+    vision_heads: int = 4
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    projection: int = 128
+    vocabulary: int = Field(800, ge=560, description="entries of the byte-pair tokenizer")
+    dense_layer: int = Field(-2, description="hidden states that the dense objectives read, and that users should take")
+    dense_weight: float = Field(1.0, ge=0, description="factor of the dense objectives")
+
+
+class ClipRecipe(Recipe):
+    data: RenderedData
+    model: ClipSizes = Field(default_factory=lambda: ClipSizes.model_validate({}))
+    evaluation: RenderedData
+
+
+RECIPE = ClipRecipe
+
+
+def train_tokenizer(captions: list[str], size: int) -> CLIPTokenizer:
+    """A byte-pair tokenizer of CLIP's kind, trained on captions."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    trained = json.loads(tokenizer.to_str())["model"]
+    # CLIP's order: bytes, bytes that end a word, merges, then start and end; the end token has the highest id.
+    merges = [tuple(pair) for pair in trained["merges"]]
+    pieces = dict.fromkeys([*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)])
+    vocabulary = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=cast(Any, merges), model_max_length=40)
+
+
+class CropDataset(SeededDataset):
+    """Crops around each describable object, from the object itself to the whole scene, with a caption and labels.
+
+    A sample: pixels (s, s, 3) uint8, caption, patch labels: for each of g x g patches the row of `labels` of the object
+    under its centre (0: background).
+    """
+
+    def __init__(self, scenes: RenderedScenes, sizes: ClipSizes) -> None:
+        self.scenes = scenes
+        self.sizes = sizes
+        self.index = scenes.describable()
+        self.labels, self.offsets = _label_table(scenes)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def sample(self, index: int, random: SampleRandom) -> dict[str, Any]:
+        scene, number = self.index[index]
+        draw = random.numpy
+        image, instance = self.scenes.images[scene], self.scenes.instances[scene][number]
+        # Half of the crops show little more than the object: what is far smaller than a patch teaches nothing.
+        t = 0.0 if draw.random() < 0.3 else float(draw.integers(1, 11 if draw.random() < 0.5 else 4)) / 10
+        side = image.shape[0]
+        box = np.array(instance.box) + t * (np.array([0, 0, side, side]) - np.array(instance.box))
+        x0, y0, x1, y1 = (int(value) for value in box)
+        x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
+        size = self.sizes.image_size
+        crop = Image.fromarray(image[y0:y1, x0:x1]).resize((size, size), Image.Resampling.BICUBIC)
+        grid = size // self.sizes.patch_size
+        centres = (np.arange(grid) + 0.5) / grid
+        rows, columns = (y0 + centres * (y1 - y0)).astype(int), (x0 + centres * (x1 - x0)).astype(int)
+        ids = self.scenes.instance_maps[scene][np.ix_(rows, columns)].astype(np.int64)
+        captions = self.scenes.captions[scene] if t == 1.0 else instance.captions
+        return {
+            "pixels": np.asarray(crop),
+            "caption": captions[int(draw.integers(len(captions)))],
+            "labels": np.where(ids > 0, self.offsets[scene] + ids, 0),
+        }
+
+
+def _label_table(scenes: RenderedScenes) -> tuple[Tensor, np.ndarray]:
+    """One row per object: category + 1, attributes (1, 0, -1 unknown), predicate + 1, related category, related colour.
+
+    Row 0 is the background. Returns the table and the row before the first object of each scene.
+    """
+    categories = {name: k for k, name in enumerate(category_names())}
+    attributes = {name: k for k, name in enumerate(attribute_vocabulary())}
+    predicates = {name: k for k, name in enumerate(relation_predicates())}
+    colours = {name: k for k, name in enumerate(colour_names())}
+    width = len(attributes)
+    rows = [np.array([0, *[-1] * width, -1, -1, -1])]
+    offsets = []
+    for instances in scenes.instances:
+        offsets.append(len(rows) - 1)
+        for item in instances:
+            known = np.full(width, -1)
+            known[[attributes[name] for name in item.negative_attributes]] = 0
+            known[[attributes[name] for name in item.positive_attributes]] = 1
+            relation = [0, -1, -1] if item.describable else [-1, -1, -1]
+            if item.relations:
+                other = instances[item.relations[0].object_index]
+                predicate = predicates[item.relations[0].predicate]
+                relation = [predicate + 1, categories[other.category], colours[other.attributes["colour"]]]
+            rows.append(np.array([categories[item.category] + 1, *known, *relation]))
+    return torch.from_numpy(np.stack(rows)), np.array(offsets)
+
+
+class ClipPretraining(nn.Module):
+    """The CLIP model and the heads of the dense objectives."""
+
+    labels: Tensor
+
+    def __init__(self, clip: CLIPModel, sizes: ClipSizes, labels: Tensor) -> None:
+        super().__init__()
+        self.clip = clip
+        self.sizes = sizes
+        self.register_buffer("labels", labels, persistent=False)
+        width = sizes.vision_width
+        self.counts = [len(category_names()) + 1, len(attribute_vocabulary()), len(relation_predicates()) + 1]
+        self.counts += [len(category_names()), len(colour_names())]
+        self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.counts)))
+        self.layout_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 16 * len(category_names())))
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> dict[str, Any]:
+        vision = self.clip.vision_model(pixel_values=pixel_values, output_hidden_states=True)
+        image = F.normalize(self.clip.visual_projection(vision.pooler_output).float(), dim=-1)
+        text_output = self.clip.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        text = F.normalize(self.clip.text_projection(text_output.pooler_output).float(), dim=-1)
+        scores = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T
+        target = torch.arange(len(scores))
+        losses = {"contrast": (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2}
+        if self.sizes.dense_weight:
+            hidden = vision.hidden_states[self.sizes.dense_layer]
+            losses |= {name: self.sizes.dense_weight * loss for name, loss in self._dense(hidden, labels).items()}
+        return {"loss": torch.stack(list(losses.values())).sum(), "losses": losses}
+
+    def _dense(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        truth = self.labels[labels.flatten()]
+        category, attributes, predicate, other, colour = truth.split([1, self.counts[1], 1, 1, 1], dim=1)
+        predicted = self.patch_head(hidden[:, 1:]).float().flatten(0, 1).split(self.counts, dim=1)
+        known = attributes >= 0
+        attribute_loss = F.binary_cross_entropy_with_logits(
+            predicted[1], attributes.clamp(min=0).float(), reduction="none"
+        )
+        losses = {
+            "category": F.cross_entropy(predicted[0], category[:, 0]),
+            "attributes": 4 * (attribute_loss * known).sum() / known.sum().clamp(min=1),
+        }
+        for name, logits, wanted in zip(
+            ("predicate", "other", "colour"), predicted[2:], (predicate, other, colour), strict=True
+        ):
+            count = (wanted >= 0).sum().clamp(min=1)
+            losses[name] = 0.5 * F.cross_entropy(logits, wanted[:, 0], ignore_index=-1, reduction="sum") / count
+        # The class token tells where things are: which categories stand in each cell of a 4 x 4 grid.
+        grid = self.sizes.image_size // self.sizes.patch_size
+        cells = torch.arange(grid) * 4 // grid
+        cell = (cells[:, None] * 4 + cells).flatten().expand(len(labels), -1)
+        names = category.view(len(labels), -1)
+        layout = torch.zeros(len(labels), 16, self.counts[0])
+        layout[torch.arange(len(labels))[:, None], cell, names] = 1
+        logits = self.layout_head(hidden[:, 0]).float().view(len(labels), 16, -1)
+        losses["layout"] = 10 * F.binary_cross_entropy_with_logits(logits, layout[..., 1:])
+        return losses
+
+
+@torch.no_grad()
+def start_like_a_trained_transformer(vision: nn.Module, grid: int) -> None:
+    """Initial weights from which a small vision transformer learns several times faster than from noise.
+
+    Positions start as two-dimensional sines, attention as "look at what is like me, at my place", and values as a weak
+    negative copy: what trained transformers look like (mimetic initialisation, Trockman and Kolter 2023).
+    """
+    embeddings: Any = vision.embeddings
+    width = embeddings.position_embedding.weight.shape[1]
+    frequencies = 10_000 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    positions = torch.cat([waves[:, None].expand(-1, grid, -1), waves[None].expand(grid, -1, -1)], dim=2).flatten(0, 1)
+    embeddings.position_embedding.weight.copy_(torch.cat([torch.zeros(1, width), positions]) * 0.5)
+    for block in cast(Any, vision).encoder.layers:
+        attention = block.self_attn
+        size = attention.head_dim
+        for head in range(attention.num_heads):
+            rows = slice(head * size, (head + 1) * size)
+            left, values, right = torch.linalg.svd(
+                0.7 * torch.randn(width, width) / width**0.5 + 0.7 * torch.eye(width)
+            )
+            root = values[:size].sqrt()
+            attention.q_proj.weight[rows] = (left[:, :size] * root).T
+            attention.k_proj.weight[rows] = right[:size] * root[:, None]
+        left, values, right = torch.linalg.svd(0.4 * torch.randn(width, width) / width**0.5 - 0.4 * torch.eye(width))
+        attention.v_proj.weight.copy_((left * values.sqrt()).T)
+        attention.out_proj.weight.copy_((values.sqrt()[:, None] * right).T)
+
+
+def _collate(tokenizer: CLIPTokenizer) -> Any:
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).permute(0, 3, 1, 2).float()
+        text = tokenizer([sample["caption"] for sample in samples], padding=True, truncation=True, return_tensors="pt")
+        labels = torch.from_numpy(np.stack([sample["labels"] for sample in samples]))
+        return {
+            "pixel_values": (pixels / 255 - mean) / std,
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+            "labels": labels.flatten(1),
+        }
+
+    return collate
+
+
+def build(recipe: ClipRecipe) -> TrainingTask:
+    """Render the scenes, train the tokenizer on their captions, and set the model up."""
+    sizes = recipe.model
+    scenes = RenderedScenes.render(recipe.data)
+    texts = [caption for scene in scenes.instances for item in scene for caption in item.captions]
+    texts += [caption for captions in scenes.captions for caption in captions]
+    tokenizer = train_tokenizer(texts, sizes.vocabulary)
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": sizes.text_width,
+            "intermediate_size": 4 * sizes.text_width,
+            "num_hidden_layers": sizes.text_layers,
+            "num_attention_heads": sizes.text_heads,
+            "max_position_embeddings": 40,
+            "hidden_act": "gelu",
+            "projection_dim": sizes.projection,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": sizes.vision_width,
+            "intermediate_size": 4 * sizes.vision_width,
+            "num_hidden_layers": sizes.vision_layers,
+            "num_attention_heads": sizes.vision_heads,
+            "image_size": sizes.image_size,
+            "patch_size": sizes.patch_size,
+            "hidden_act": "gelu",
+            "projection_dim": sizes.projection,
+        },
+        projection_dim=sizes.projection,
+    )
+    dataset = CropDataset(scenes, sizes)
+    clip = CLIPModel(config)
+    start_like_a_trained_transformer(clip.vision_model, sizes.image_size // sizes.patch_size)
+    model = ClipPretraining(clip, sizes, dataset.labels)
+
+    def save(folder: Path) -> None:
+        model.clip.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        side = {"height": sizes.image_size, "width": sizes.image_size}
+        CLIPImageProcessorPil(
+            size=side, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)
+        ).save_pretrained(folder)
+
+    return TrainingTask(model=model, train_dataset=dataset, collate=_collate(tokenizer), save=save)
+
+
+def evaluate(recipe: ClipRecipe, model_path: Path) -> dict[str, Any]:
+    """Zero-shot: the crop of an object against "a {category}" for all categories, and crop-caption retrieval."""
+    model: Any = CLIPModel.from_pretrained(model_path, dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(model_path)
+    crops, captions, wanted = [], [], []
+    size = model.config.vision_config.image_size
+    for seed in range(recipe.evaluation.first_seed, recipe.evaluation.first_seed + recipe.evaluation.count):
+        scene = render_scene(seed, size=recipe.evaluation.size)
+        for item in scene.instances:
+            if item.describable:
+                x0, y0, x1, y1 = (int(value) for value in item.box)
+                crops.append(
+                    np.asarray(
+                        Image.fromarray(scene.image)
+                        .crop((x0, y0, x1, y1))
+                        .resize((size, size), Image.Resampling.BICUBIC)
+                    )
+                )
+                captions.append(item.captions[0])
+                wanted.append(category_names().index(item.category))
+    batch = _collate(tokenizer)(
+        [{"pixels": c, "caption": t, "labels": np.zeros(1)} for c, t in zip(crops, captions, strict=True)]
+    )
+    prompts = tokenizer([f"a {name}" for name in category_names()], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        image = F.normalize(model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output, dim=-1)
+        names = F.normalize(model.get_text_features(**prompts).pooler_output, dim=-1)
+        text = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        text = F.normalize(text.pooler_output, dim=-1)
+    groups = min(64, len(image))
+    hits = [
+        (image[start : start + groups] @ text[start : start + groups].T).argmax(1)
+        == torch.arange(min(groups, len(image) - start))
+        for start in range(0, len(image), groups)
+    ]
+    return {
+        "regions": len(wanted),
+        "zero_shot_category_accuracy": float(((image @ names.T).argmax(1) == torch.tensor(wanted)).float().mean()),
+        "caption_retrieval_in_64": float(torch.cat(hits).float().mean()),
+    }

@@ -1,0 +1,1 @@
+"""proposer-world: the region proposer of the rendered world."""

@@ -1,0 +1,67 @@
+"""Rendered scenes as arrays in memory, for the pre-training of the stand-ins."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field
+
+from foveate.training.recipes import RecipeSection
+from foveate.world.scenes import Instance, render_scenes
+
+log = logging.getLogger(__name__)
+
+
+class RenderedData(RecipeSection):
+    """Which scenes to render; the seeds decide every pixel."""
+
+    first_seed: int = Field(ge=0)
+    count: int = Field(gt=0)
+    size: int = Field(256, ge=32, le=1024, description="side in pixels")
+    processes: int = Field(2, gt=0, le=64, description="rendering processes")
+
+
+@dataclass
+class RenderedScenes:
+    """Scenes with, for each pixel, the number of its object.
+
+    Attributes:
+        images: (N, S, S, 3) uint8.
+        instance_maps: (N, S, S) uint8; 0 is background, k + 1 the k-th instance of the scene.
+        instances: per scene, its instances (their masks dropped to save memory).
+        captions: per scene, captions of the whole image.
+    """
+
+    images: np.ndarray
+    instance_maps: np.ndarray
+    instances: list[list[Instance]]
+    captions: list[tuple[str, ...]]
+
+    @classmethod
+    def render(cls, data: RenderedData) -> RenderedScenes:
+        """Render them all, with a log line now and then."""
+        images = np.empty((data.count, data.size, data.size, 3), np.uint8)
+        maps = np.zeros((data.count, data.size, data.size), np.uint8)
+        instances, captions = [], []
+        start = said = time.monotonic()
+        scenes = render_scenes(data.first_seed, data.count, size=data.size, processes=data.processes)
+        for index, scene in enumerate(scenes):
+            images[index] = scene.image
+            for number, instance in enumerate(scene.instances):
+                maps[index][instance.mask] = number + 1
+                instance.mask = np.zeros((0, 0), bool)
+            instances.append(scene.instances)
+            captions.append(scene.captions)
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                log.info(
+                    "rendered %d of %d scenes (%.0f per second)", index + 1, data.count, (index + 1) / (said - start)
+                )
+        return cls(images, maps, instances, captions)
+
+    def describable(self) -> list[tuple[int, int]]:
+        """(scene, instance) of every object that has captions."""
+        return [(s, k) for s, scene in enumerate(self.instances) for k, item in enumerate(scene) if item.describable]

@@ -1,0 +1,423 @@
+"""Rendered scenes as datasets on disk, in the layouts of Visual Genome, RefCOCOg and COCO.
+
+The files have the key names of the real releases, so that the readers in `foveate.data` (and other people's) read both
+with no special case. What the real formats have no place for stands in optional extra keys: `object_id` and `tags` of a
+region description, `attributes`, `negative_attributes` and `tags` of annotations. docs/datasets.md shows the layouts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from foveate.data import check_format
+from foveate.data.boxes import xyxy_to_xywh
+from foveate.data.visual_genome import MAX_PHRASE_WORDS
+from foveate.errors import InputError
+from foveate.files import atomic_folder
+from foveate.vision.images import encode_rle
+from foveate.world.scenes import Scene, render_scene
+from foveate.world.vocabulary import category_names
+
+MANIFEST = "dataset.json"
+MANIFEST_VERSION = 1
+
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What the files need of an instance, small enough to cross a process border."""
+
+    category: str
+    box: tuple[float, float, float, float]
+    rle: dict[str, Any]
+    area: int
+    attributes: list[str]
+    negative_attributes: list[str]
+    tags: list[str]
+    captions: list[str]
+    relations: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A scene whose image is on the disk. `image_id` counts from 1 in the order of the seeds."""
+
+    image_id: int
+    file: str
+    width: int
+    height: int
+    instances: list[_Described]
+    captions: list[str]
+    questions: list[tuple[str, str, str]]
+
+
+def export_scenes(
+    out: Path,
+    format: str,
+    *,
+    first_seed: int = 0,
+    count: int = 100,
+    size: Size = 256,
+    objects: tuple[int, int] = (4, 8),
+    val_fraction: float = 0.1,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Renders scenes and writes them as a dataset that `foveate.data.open_dataset(format, out, split)` reads.
+
+    The folder appears whole or not at all. The splits are "train" and "val" (the last scenes); RefCOCOg has
+    "val_captions", too, and Visual Genome an empty "test". The same arguments write the same files.
+
+    Args:
+        out: folder to write; must not exist or be empty.
+        format: "visual-genome", "refcocog" or "coco".
+        first_seed: seed of the first scene; the others follow by one.
+        count: number of scenes, at least 1.
+        size: image side, or (width, height), in pixels.
+        objects: least and most objects in a scene.
+        val_fraction: share of the scenes for "val", in [0, 1), rounded to whole scenes.
+        processes: renderers at work at the same time.
+        progress: called with (scenes done, count) after each scene.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: an argument is out of range, `out` is a file or a non-empty folder, or it cannot be written (disk
+            full, no permission). Nothing is left behind.
+    """
+    check_format(format)
+    _check_whole("count", count, 1)
+    _check_whole("processes", processes, 1)
+    _check_whole("first_seed", first_seed, 0)
+    if not isinstance(val_fraction, (int, float)) or not 0 <= val_fraction < 1:
+        raise InputError(f"val_fraction is {val_fraction!r}; it must be a number in [0, 1).")
+    out = Path(out)
+    val_count = round(count * val_fraction)
+    made = [folder for folder in out.parents if not folder.exists()]
+    try:
+        with atomic_folder(out) as folder:
+            tasks = [(first_seed + index, index + 1) for index in range(count)]
+            render = partial(
+                _render, folder=folder / _IMAGES[format][0], name=_IMAGES[format][1], size=size, objects=objects
+            )
+            (folder / _IMAGES[format][0]).mkdir(parents=True)
+            scenes: list[_Exported] = []
+            # Closed before the folder is removed on a failure: no renderer may still write into it then.
+            with closing(_run(render, tasks, processes)) as rendered:
+                for scene in rendered:
+                    scenes.append(scene)
+                    if progress is not None:
+                        progress(len(scenes), count)
+            extra = _WRITERS[format](folder, scenes[: count - val_count], scenes[count - val_count :])
+            manifest = {
+                "version": MANIFEST_VERSION,
+                "format": format,
+                "source": "foveate.world.scenes",
+                "first_seed": first_seed,
+                "count": count,
+                "size": size,
+                "objects": objects,
+                "val_fraction": val_fraction,
+                "splits": {"train": count - val_count, "val": val_count},
+            }
+            _write_json(folder / MANIFEST, manifest | extra, indent=2)
+    except BaseException as error:
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{out} cannot be written: {error.strerror or error}; free space or choose another folder."
+            ) from error
+        raise
+    return out
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number from {least} on.")
+
+
+def _run(
+    render: Callable[[tuple[int, int]], _Exported], tasks: list[tuple[int, int]], processes: int
+) -> Generator[_Exported, None, None]:
+    if processes == 1 or len(tasks) == 1:
+        yield from map(render, tasks)
+        return
+    # Not by fork: the caller may run threads (torch), whose locks a forked child would inherit.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
+        try:
+            yield from pool.map(render, tasks, chunksize=max(1, min(32, len(tasks) // (4 * processes))))
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a render process ended early: it was killed (out of memory?), or the calling script lacks "
+                f'`if __name__ == "__main__":`; ask for 1 process instead of {processes}.'
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _render(task: tuple[int, int], *, folder: Path, name: str, size: Size, objects: tuple[int, int]) -> _Exported:
+    seed, image_id = task
+    scene = render_scene(seed, size, objects)
+    file = name.format(image_id)
+    # The lowest zlib effort: it halves the time of an export, and textures hardly compress any further.
+    Image.fromarray(scene.image).save(folder / file, compress_level=1)
+    return _describe(scene, image_id, file)
+
+
+def _describe(scene: Scene, image_id: int, file: str) -> _Exported:
+    height, width = scene.image.shape[:2]
+    instances = [
+        _Described(
+            category=instance.category,
+            box=_plain_box(instance.box),
+            rle=encode_rle(instance.mask),
+            area=int(instance.mask.sum()),
+            attributes=list(instance.positive_attributes),
+            negative_attributes=list(instance.negative_attributes),
+            tags=list(instance.tags),
+            captions=list(instance.captions) if instance.describable else [],
+            relations=[(relation.predicate, relation.object_index) for relation in instance.relations],
+        )
+        for instance in scene.instances
+    ]
+    questions = [(question.question, question.answer, question.kind) for question in scene.questions]
+    return _Exported(image_id, file, width, height, instances, list(scene.captions), questions)
+
+
+def _plain_box(box: Iterable[float]) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = (float(side) for side in box)
+    return (x1, y1, x2, y2)
+
+
+def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        json.dump(content, file, ensure_ascii=False, indent=indent)
+        file.write("\n")
+
+
+def _write_visual_genome(folder: Path, train: list[_Exported], val: list[_Exported]) -> dict[str, Any]:
+    image_data, regions, objects, attributes, relationships, questions = ([] for _ in range(6))
+    region_id = relationship_id = question_id = 0
+    first_object = 1
+    longest = 0
+    for scene in (*train, *val):
+        key = {"image_id": scene.image_id}
+        image_data.append(
+            key
+            | {
+                "width": scene.width,
+                "height": scene.height,
+                "coco_id": None,
+                "flickr_id": None,
+                "url": f"VG_100K/{scene.file}",
+            }
+        )
+        described = [_visual_genome_object(first_object + i, each) for i, each in enumerate(scene.instances)]
+        objects.append(key | {"objects": described})
+        attributes.append(
+            key
+            | {
+                "attributes": [
+                    one | {"attributes": each.attributes, "negative_attributes": each.negative_attributes}
+                    for one, each in zip(described, scene.instances, strict=True)
+                ]
+            }
+        )
+        phrases, related = [], []
+        for one, instance in zip(described, scene.instances, strict=True):
+            for caption in instance.captions:
+                region_id += 1
+                longest = max(longest, len(caption.split()))
+                phrases.append(
+                    {
+                        "region_id": region_id,
+                        **key,
+                        **{"x": one["x"], "y": one["y"], "width": one["w"], "height": one["h"]},
+                        "phrase": caption,
+                        "object_id": one["object_id"],
+                        "tags": instance.tags,
+                    }
+                )
+            for predicate, index in instance.relations:
+                relationship_id += 1
+                related.append(
+                    {
+                        "relationship_id": relationship_id,
+                        "predicate": predicate,
+                        "synsets": [],
+                        "subject": _with_name(one),
+                        "object": _with_name(described[index]),
+                    }
+                )
+        regions.append({"id": scene.image_id, "regions": phrases})
+        relationships.append(key | {"relationships": related})
+        asked = []
+        for question, answer, kind in scene.questions:
+            question_id += 1
+            asked.append({"qa_id": question_id, **key, "question": question, "answer": answer, "kind": kind})
+        questions.append({"id": scene.image_id, "qas": asked})
+        first_object += len(scene.instances)
+    for name, content in (
+        ("image_data", image_data),
+        ("region_descriptions", regions),
+        ("objects", objects),
+        ("attributes", attributes),
+        ("relationships", relationships),
+        ("question_answers", questions),
+    ):
+        _write_json(folder / f"{name}.json", content)
+    splits = {"train": [scene.image_id for scene in train], "val": [scene.image_id for scene in val], "test": []}
+    _write_json(folder / "densecap_splits.json", splits)
+    # The reader's limit comes from people's phrases; a rendered caption may name every attribute and a relation.
+    return {"max_phrase_words": max(MAX_PHRASE_WORDS, longest)}
+
+
+def _visual_genome_object(object_id: int, instance: _Described) -> dict[str, Any]:
+    # Visual Genome's boxes are whole pixels: the smallest such box around the instance.
+    x1, y1 = math.floor(instance.box[0]), math.floor(instance.box[1])
+    x2, y2 = math.ceil(instance.box[2]), math.ceil(instance.box[3])
+    sides = {"x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1}
+    return {"object_id": object_id, **sides, "names": [instance.category], "synsets": []}
+
+
+def _with_name(visual_genome_object: dict[str, Any]) -> dict[str, Any]:
+    other = {key: value for key, value in visual_genome_object.items() if key != "names"}
+    return other | {"name": visual_genome_object["names"][0]}
+
+
+def _write_refcocog(folder: Path, train: list[_Exported], val: list[_Exported]) -> dict[str, Any]:
+    categories = _categories()
+    first_object = 1
+    for split, scenes in (("train", train), ("val", val)):
+        if scenes:
+            single, first = _refcocog_entries(scenes, categories, first_object, one_caption=True)
+            _write_json(folder / f"finetune_refcocog_{split}.json", single)
+            if split == "val":
+                grouped, _ = _refcocog_entries(scenes, categories, first_object, one_caption=False)
+                _write_json(folder / "finetune_refcocog_val_captions.json", grouped)
+            first_object = first
+    return {}
+
+
+def _refcocog_entries(
+    scenes: list[_Exported], categories: dict[str, int], first_object: int, *, one_caption: bool
+) -> tuple[dict[str, Any], int]:
+    """MDETR's form, an entry an expression (`one_caption`), or GLaMM's, an entry a region; and the next object id."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for scene in scenes:
+        for instance in scene.instances:
+            for group in [[caption] for caption in instance.captions] if one_caption else [instance.captions]:
+                if not group:
+                    continue
+                entry = len(images)
+                images.append(
+                    {
+                        "file_name": scene.file,
+                        "height": scene.height,
+                        "width": scene.width,
+                        "id": entry,
+                        "original_id": scene.image_id,
+                        "caption": group[0],
+                        "dataset_name": "refcocog",
+                    }
+                )
+                for caption in group:
+                    annotation = _annotation(instance, categories, len(annotations), entry)
+                    annotation["original_id"] = first_object
+                    annotation["tokens_positive"] = [[0, len(caption)]]
+                    annotations.append(annotation if one_caption else annotation | {"caption": caption})
+            first_object += 1
+    content = {
+        "info": [],
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": _category_list(categories),
+    }
+    return content, first_object
+
+
+def _write_coco(folder: Path, train: list[_Exported], val: list[_Exported]) -> dict[str, Any]:
+    categories = _categories()
+    annotation_id = caption_id = 0
+    for split, scenes in (("train", train), ("val", val)):
+        if not scenes:
+            continue
+        images, annotations, captions = [], [], []
+        (folder / split).mkdir()
+        for scene in scenes:
+            os.rename(folder / _IMAGES["coco"][0] / scene.file, folder / split / scene.file)  # noqa: PTH104
+            images.append(
+                {
+                    "id": scene.image_id,
+                    "file_name": scene.file,
+                    "width": scene.width,
+                    "height": scene.height,
+                    "license": 0,
+                }
+            )
+            for instance in scene.instances:
+                annotation_id += 1
+                annotations.append(_annotation(instance, categories, annotation_id, scene.image_id))
+            for caption in scene.captions:
+                caption_id += 1
+                captions.append({"image_id": scene.image_id, "id": caption_id, "caption": caption})
+        common = {"info": {"description": "rendered by foveate.world"}, "licenses": [], "images": images}
+        instances = common | {"annotations": annotations, "categories": _category_list(categories)}
+        _write_json(folder / "annotations" / f"instances_{split}.json", instances)
+        _write_json(folder / "annotations" / f"captions_{split}.json", common | {"annotations": captions})
+    (folder / _IMAGES["coco"][0]).rmdir()
+    return {}
+
+
+def _annotation(instance: _Described, categories: dict[str, int], annotation_id: int, image_id: int) -> dict[str, Any]:
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": categories[instance.category],
+        "iscrowd": 0,
+        "area": instance.area,
+        "bbox": list(xyxy_to_xywh(instance.box)),
+        "segmentation": instance.rle,
+        "attributes": instance.attributes,
+        "negative_attributes": instance.negative_attributes,
+        "tags": instance.tags,
+    }
+
+
+def _categories() -> dict[str, int]:
+    """Category -> id, the same in every export."""
+    return {name: index for index, name in enumerate(category_names(), 1)}
+
+
+def _category_list(categories: dict[str, int]) -> list[dict[str, Any]]:
+    return [{"supercategory": name, "id": number, "name": name} for name, number in categories.items()]
+
+
+# Folder and file name of the images. COCO sorts them into its splits' folders when all are rendered.
+_IMAGES = {
+    "visual-genome": ("VG_100K", "{}.png"),
+    "refcocog": ("train2014", "COCO_train2014_{:012d}.png"),
+    "coco": ("unsorted", "{:012d}.png"),
+}
+_WRITERS = {"visual-genome": _write_visual_genome, "refcocog": _write_refcocog, "coco": _write_coco}

@@ -1,0 +1,98 @@
+"""From what an object is to what is said about it: captions, tags, questions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from foveate.world.vocabulary import categories, raw_vocabulary, relation_tag, unsaid_values
+
+
+@dataclass(frozen=True, slots=True)
+class SceneQuestion:
+    """A question about a scene; `kind` is "what", "colour", "count", "where" or "text"."""
+
+    question: str
+    answer: str
+    kind: str
+
+
+def attribute_words(category: str, attributes: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Words that hold, and the other words of the same families, which are known not to hold.
+
+    A family without a value in `attributes` (the size of a tiny object) is unknown and gives neither.
+    """
+    positive, negative = [], []
+    for family, options in categories()[category].families.items():
+        if family in attributes:
+            positive.append(attributes[family])
+            negative += [value for value in options if value != attributes[family]]
+    return tuple(positive), tuple(negative)
+
+
+def relation_clause(predicate: str, colour: str, category: str) -> str:
+    """ "to the left of a green tree"."""
+    clause = raw_vocabulary()["relation_clause"].format(predicate=predicate, colour=colour, category=category)
+    return with_articles(clause)
+
+
+def captions(category: str, attributes: Mapping[str, str], text: str | None, relation: str) -> tuple[str, ...]:
+    """The canonical caption, which says everything, then paraphrases that say less. All are true.
+
+    Args:
+        category: its name.
+        attributes: family -> value.
+        text: the word on a sign.
+        relation: a clause of `relation_clause`, or "".
+    """
+    raw = raw_vocabulary()
+    said = {family: "" if value in unsaid_values() else value for family, value in attributes.items()}
+    state_family = categories()[category].state_family
+    noun = raw["patterns_as_nouns"].get(attributes.get("pattern", ""))
+    slots = {
+        "category": category,
+        "colour": said["colour"],
+        "pattern": said.get("pattern", ""),
+        "finish": said.get("finish", ""),
+        "size": said.get("size", ""),
+        "state": said.get(state_family or "", ""),
+        "pose": said.get("pose", ""),
+        "facing": said.get("facing", ""),
+        "says": raw["text_clause"].format(text=text.lower()) if text else "",
+        "with_pattern": raw["pattern_clause"].format(noun=noun) if noun else "",
+        "relation": relation,
+    }
+    written = (with_articles(_squeeze(template.format(**slots))) for template in raw["captions"])
+    return tuple(dict.fromkeys(written))
+
+
+def tags(category: str, positive: Sequence[str], relation: tuple[str, str, str] | None) -> tuple[str, ...]:
+    """Category, attributes that are said, and of the relation its word, the other's category and its colour."""
+    words = [category, *(word for word in positive if word not in unsaid_values())]
+    if relation is not None:
+        predicate, other_category, other_colour = relation
+        words += [relation_tag(predicate), other_category, other_colour]
+    return tuple(dict.fromkeys(words))
+
+
+def scene_caption(background: str, things: Sequence[str]) -> str:
+    """ "a street with a red car and a white cat"."""
+    raw = raw_vocabulary()
+    return with_articles(
+        _squeeze(raw["scene"].format(background=raw["backgrounds"][background], objects=" and ".join(things)))
+    )
+
+
+def question(kind: str, answer: str, **slots: str) -> SceneQuestion:
+    """A question of one of the kinds in the data file."""
+    return SceneQuestion(raw_vocabulary()["questions"][kind].format(**slots), answer, kind)
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.split())
+
+
+def with_articles(text: str) -> str:
+    """ "a orange bus" -> "an orange bus"."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)

@@ -1,0 +1,263 @@
+"""`foveate describe`: arguments in, text, JSON, JSON lines and pictures out.
+
+The describer here is a plain function that names each region after its box, so that every byte that the verb writes is
+known; what a real model says is tested with the method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from foveate import cli
+from foveate.errors import InputError
+from foveate.methods.dynrefer.results import Region, Regions
+
+
+class Describer:
+    """Describes by the numbers of the box; `calls` are the keyword arguments that it was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.interrupt_at: str | None = None
+        self.error: BaseException = KeyboardInterrupt()
+
+    def __call__(self, images: Any, boxes: Any = None, masks: Any = None, **options: Any) -> Any:
+        self.calls.append({"boxes": boxes, "masks": masks, **options})
+        if isinstance(images, list):
+            return [self.describe(path, None if boxes is None else boxes[i]) for i, path in enumerate(images)]
+        return self.describe(images, boxes)
+
+    def describe(self, path: Path, boxes: Any) -> Regions:
+        if path.name == self.interrupt_at:
+            raise self.error
+        image = Image.open(path)
+        boxes = [(0, 0, *image.size)] if boxes is None else boxes
+        return Regions(
+            image,
+            [
+                Region(
+                    box=tuple(box),
+                    caption=f"region at {box[0]:g}",
+                    caption_score=0.75,
+                    category="cat",
+                    category_score=0.5,
+                    attributes=("red",),
+                    attribute_scores={"red": 0.875, "blue": 0.125},
+                    tag_scores={"cat": 0.25},
+                )
+                for box in boxes
+            ],
+        )
+
+
+@pytest.fixture
+def describer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Describer:
+    describer = Describer()
+    monkeypatch.setattr("foveate.methods.load", lambda *_, **__: describer)
+    monkeypatch.setattr("foveate.checkpoints.find_checkpoint", lambda _: tmp_path)
+    return describer
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with forty images."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for number in range(40):
+        Image.new("RGB", (32, 24), (number, 0, 0)).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture
+def run(describer: Describer, folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["describe", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+def made(folder: Path) -> list[str]:
+    """Names in the folder beside the images that were there."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in IMAGES)
+
+
+IMAGES = [f"{number:02}.png" for number in range(40)]
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_text(run: Run, folder: Path) -> None:
+    code, out, err = run("00.png", "--box", "1,2,3.5,4", "--box", "5,6,7,8")
+    assert (code, err) == (0, "")
+    assert out == (
+        "00.png  2 regions\n"
+        "  1  [1, 2, 3.5, 4]  region at 1  (0.75)\n"
+        "     category    cat 0.50\n"
+        "     attributes  red 0.88\n"
+        "     tags        none is likely enough\n"
+        "  2  [5, 6, 7, 8]  region at 5  (0.75)\n"
+        "     category    cat 0.50\n"
+        "     attributes  red 0.88\n"
+        "     tags        none is likely enough\n"
+        "written: 00-described.png\n"
+    )
+    assert made(folder) == ["00-described.png"]
+    assert Image.open("00-described.png").width > 32
+
+
+def test_options_reach_the_describer(run: Run, describer: Describer) -> None:
+    options = ["--tasks", "caption, tags", "--views", "0,0.3,0.5", "--classes", "cat,dog", "--beams", 3]
+    assert run("00.png", *options, "--batch-size", 7, "--everything", "--no-picture")[0] == 0
+    [call] = describer.calls
+    assert callable(call.pop("progress"))
+    assert call == {
+        "boxes": None,
+        "masks": None,
+        "tasks": ["caption", "tags"],
+        "views": [0.0, 0.3, 0.5],
+        "classes": ["cat", "dog"],
+        "num_beams": 3,
+        "everything": True,
+        "batch_size": 7,
+    }
+
+
+def test_masks(run: Run, describer: Describer) -> None:
+    mask = Image.new("L", (32, 24))
+    mask.paste(1, (4, 5, 8, 9))
+    mask.save("mask.png")
+    assert run("00.png", "--mask", "mask.png", "--no-picture")[0] == 0
+    [given] = describer.calls[0]["masks"]
+    assert given.shape == (24, 32)
+    assert given.sum() == 16
+    assert given[5:9, 4:8].all()
+
+
+def test_json_keeps_stdout_clean(run: Run, folder: Path) -> None:
+    code, out, err = run("00.png", "01.png", "--format", "json", "--picture", "pictures", "--show-views", "views")
+    assert code == 0
+    assert [entry["image"] for entry in json.loads(out)] == ["00.png", "01.png"]
+    assert json.loads(out)[0] == {
+        "image": "00.png",
+        "width": 32,
+        "height": 24,
+        "regions": [
+            {
+                "box": [0, 0, 32, 24],
+                "caption": "region at 0",
+                "caption_score": 0.75,
+                "tags": {},
+                "attributes": {"red": 0.875},
+                "category": "cat",
+                "category_score": 0.5,
+                "views": [],
+            }
+        ],
+    }
+    assert err.splitlines() == [
+        f"written: {path}"
+        for path in (
+            "pictures/00-described.png",
+            "pictures/01-described.png",
+            "views/00-views.png",
+            "views/01-views.png",
+        )
+    ]
+    assert made(folder) == ["pictures", "views"]
+    assert len(list((folder / "pictures").iterdir())) == len(list((folder / "views").iterdir())) == 2
+
+
+def test_boxes_of_many_images(run: Run) -> None:
+    boxes = {"00.png": [[1, 1, 5, 5]], "01": [[2, 2, 6, 6], [3, 3, 7, 7]], "02.png": [], "other.png": [[0, 0, 1, 1]]}
+    Path("boxes.json").write_text(json.dumps(boxes))
+    code, out, _ = run("00.png", "01.png", "02.png", "--boxes", "boxes.json", "--box", "9,9,10,10", "--format", "jsonl")
+    assert code == 0
+    found = [[region["box"] for region in json.loads(line)["regions"]] for line in out.splitlines()]
+    assert found == [[[9, 9, 10, 10], [1, 1, 5, 5]], [[9, 9, 10, 10], [2, 2, 6, 6], [3, 3, 7, 7]], [[9, 9, 10, 10]]]
+
+
+def test_a_bare_list_of_boxes_is_for_one_image(run: Run) -> None:
+    Path("boxes.json").write_text("[[1, 1, 5, 5]]")
+    assert "[1, 1, 5, 5]" in run("00.png", "--boxes", "boxes.json")[1]
+    code, _, err = run("00.png", "01.png", "--boxes", "boxes.json")
+    assert code == 2
+    assert "is a list, which is for one image, but 2 are given" in err
+
+
+def test_interrupted_lines_are_resumed(run: Run, describer: Describer, folder: Path) -> None:
+    whole = run(*IMAGES, "--format", "jsonl")[1]
+    describer.interrupt_at = "35.png"
+    command = [*IMAGES, "--format", "jsonl", "--out", "out.jsonl"]
+    code, out, err = run(*command)
+    assert (code, out) == (130, "")
+    assert "--resume continues from there" in err
+    [partial] = made(folder)
+    assert partial.startswith("out.jsonl.")
+    assert len(Path(partial).read_text().splitlines()) == 32, "two batches of sixteen are finished"
+
+    describer.interrupt_at = None
+    describer.calls.clear()
+    assert "no interrupted run" in run(*command, "--resume", "--views", "auto")[2], "other settings, other run"
+    assert run(*command, "--resume")[0] == 0
+    assert Path("out.jsonl").read_text() == whole
+    assert made(folder) == ["out.jsonl"]
+    assert len(describer.calls) == 1, "only what was missing is described again"
+
+
+@pytest.mark.parametrize("style", ["text", "json", "jsonl"])
+@pytest.mark.parametrize("error", [InputError("it is broken."), OSError(28, "No space left on device")])
+def test_an_error_leaves_no_output(run: Run, describer: Describer, folder: Path, style: str, error: Exception) -> None:
+    Path("out").write_text("old")
+    describer.interrupt_at, describer.error = "00.png", error
+    code, out, err = run("00.png", "--format", style, "--out", "out", "--picture", "p.png")
+    assert (code, out) == (2, "")
+    assert err.startswith("foveate: ")
+    assert len(err.splitlines()) == 1
+    assert made(folder) == ["out"]
+    assert Path("out").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["none.png"], "there is no image file none.png"),
+        (["00.png", "--box", "1,2,3"], "--box '1,2,3' is not four numbers"),
+        (["00.png", "--box", "1,2,3,x"], "--box '1,2,3,x' is not four numbers"),
+        (["00.png", "--views", "0,half.5"], "--views '0,half.5' is not task, auto or numbers"),
+        (["00.png", "--format", "jsnl"], "(did you mean 'jsonl'?)"),
+        (["00.png", "--resume"], "--resume continues a run with --format jsonl"),
+        (["00.png", "--picture", "p.png", "--no-picture"], "contradict each other"),
+        (["00.png", "--picture", "p.txt"], "does not end in one of: .png"),
+        (["00.png", "--picture", "00.png"], "00.png is an input and would be overwritten"),
+        (["00.png", "--out", "../work/00.png"], "is an input and would be overwritten"),
+        (["00.png", "--out", "."], "is a folder"),
+        (["00.png", "01.png", "--mask", "02.png"], "--mask belongs to one image, but 2 are given"),
+        (["00.png", "sub/00.png", "--picture", "p"], "two images would both be drawn as p/00-described.png"),
+        (["00.png", "--boxes", "none.json"], "there is no file none.json"),
+        (["00.png", "--boxes", "00.png"], "00.png is not valid JSON"),
+        (["00.png", "--boxes", "number.json"], "number.json holds a int"),
+        (["00.png", "--boxes", "other.json"], "other.json has no boxes for 00.png (did you mean '000.png'?)"),
+        (["000.png", "--boxes", "other.json"], "the boxes of '000.png' are not a list"),
+    ],
+)
+def test_bad_arguments(run: Run, folder: Path, arguments: list[str], sentence: str) -> None:
+    (folder / "sub").mkdir()
+    for copy in ("sub/00.png", "000.png"):
+        Image.new("RGB", (8, 8)).save(copy)
+    Path("number.json").write_text("3")
+    Path("other.json").write_text('{"000.png": 4}')
+    before = made(folder)
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+    assert made(folder) == before

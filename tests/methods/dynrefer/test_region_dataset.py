@@ -1,0 +1,103 @@
+"""Training samples: views, control words and targets are drawn anew for every region."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveate.data.samples import ImageSample, RegionSample
+from foveate.errors import RecipeError
+from foveate.methods.dynrefer.modeling import DynReferModel
+from foveate.methods.dynrefer.processing import DynReferProcessor
+from foveate.methods.dynrefer.recipe import RegionDataset, TrainingData
+from foveate.methods.dynrefer.views import build_views
+from foveate.training.sampling import SampleKey
+
+BOX = (20.0, 10.0, 50.0, 30.0)
+COUNT = 400
+
+
+@pytest.fixture
+def make_dataset(
+    photo: Image.Image, tmp_path: Path, tiny_model: DynReferModel, processor: DynReferProcessor
+) -> Callable[..., RegionDataset]:
+    """The same region many times over, so that whatever differs was drawn."""
+    photo.save(tmp_path / "photo.png")
+    region = RegionSample(
+        1,
+        BOX,
+        captions=("A red car!", "a car"),
+        category="car",
+        attributes=("red",),
+        negative_attributes=("small",),
+        tags=("car", "RED", "unheard of"),
+    )
+    image: Any = [ImageSample(1, tmp_path / "photo.png", 96, 80, (region,))]
+
+    config: Any = tiny_model.config
+
+    def build(**settings: Any) -> RegionDataset:
+        data = TrainingData(root=tmp_path, **settings)
+        return RegionDataset(image, [(0, 0)] * COUNT, config, processor.vocabulary, data)
+
+    return build
+
+
+def test_every_sample_draws_its_own_views(make_dataset: Callable[..., RegionDataset]) -> None:
+    dataset = make_dataset()
+    samples = [dataset[k] for k in range(32)]
+    boxes = [tuple(sample["region_boxes"].flatten()) for sample in samples]
+    assert len(set(boxes)) > 20  # of 90 ordered pairs, in one batch
+    again, later = dataset[SampleKey(0, 0, 5)], dataset[SampleKey(0, 1, 5)]
+    np.testing.assert_array_equal(again["crops"], samples[5]["crops"])
+    np.testing.assert_array_equal(again["region_boxes"], samples[5]["region_boxes"])
+    assert any((dataset[SampleKey(0, 1, k)]["region_boxes"] != samples[k]["region_boxes"]).any() for k in range(3))
+    assert later["crops"].shape == (3, 56, 56, 3)
+    for sample in samples:
+        np.testing.assert_array_equal(sample["crops"][0], samples[0]["crops"][0])
+
+
+def test_fixed_views(make_dataset: Callable[..., RegionDataset], photo: Image.Image) -> None:
+    sample = make_dataset(views=[0.9, 0.2])[7]
+    batch = build_views(photo, np.array([BOX]), np.array([0, 0.9, 0.2]), 56)
+    np.testing.assert_array_equal(sample["crops"], batch.crops[batch.view_index[0]])
+    np.testing.assert_array_equal(sample["region_boxes"], batch.region_boxes[0])
+    with pytest.raises(RecipeError, match="gives 1 t's, but num_views 3"):
+        make_dataset(views=[0.9])
+
+
+def test_control_words(make_dataset: Callable[..., RegionDataset]) -> None:
+    """None for half of the samples, and each word with probability a half for the rest (spec 3)."""
+    dataset = make_dataset()
+    controls = [dataset[k]["control"] for k in range(COUNT)]
+    bare = sum(control == "|" for control in controls) / COUNT
+    assert 0.48 < bare < 0.65  # 0.5 + 0.5 / 8
+    assert all(control.endswith("|") for control in controls)
+    given = [control.removesuffix("|").split(",") for control in controls if control != "|"]
+    assert {word for words in given for word in words} == {"car", "RED", "unheard of"}
+    assert {("car", "RED"), ("RED", "car")} <= {tuple(words) for words in given}  # shuffled
+    assert {dataset[k]["control"] for k in range(20)} > {"|"}
+    none = make_dataset(control_dropout=1.0)
+    assert {none[k]["control"] for k in range(50)} == {"|"}
+
+
+def test_captions_and_targets(make_dataset: Callable[..., RegionDataset]) -> None:
+    dataset = make_dataset()
+    samples = [dataset[k] for k in range(COUNT)]
+    captions = [sample["caption"] for sample in samples]
+    assert set(captions) == {"a red car", "a car"}  # cleaned
+    assert 0.65 < captions.count("a red car") / COUNT < 0.85  # half of the time first, else either
+    assert {
+        dataset_sample["caption"] for dataset_sample in map(make_dataset(canonical_caption=1.0).__getitem__, range(20))
+    } == {"a red car"}
+    # car, red, dog, striped, left of, Hat, small: tags match without case, what is not in the list is no target.
+    assert samples[0]["tags"].tolist() == [1, 1, 0, 0, 0, 0, 0]
+    # red, striped, small with two prompts each, then car, dog, Hat, tree.
+    expected = [1, 1, -1, -1, 0, 0, 1, 0, 0, 0]
+    assert torch.equal(samples[0]["prompts"], torch.tensor(expected, dtype=torch.float32))

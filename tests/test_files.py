@@ -1,0 +1,170 @@
+"""Files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from foveate.errors import InputError
+from foveate.files import ResumableLines, atomic_folder, atomic_write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data reach the page cache, and the disk turns out to be full when they are flushed to it."""
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_text_is_utf8_with_unix_line_ends_and_makes_parents(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a" / "b" / "text.txt") as file:
+        file.write("größe\n")
+    assert (tmp_path / "a" / "b" / "text.txt").read_bytes() == "größe\n".encode()
+    assert names(tmp_path / "a" / "b") == ["text.txt"]
+
+
+def test_bytes_replace_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "data.bin"
+    path.write_bytes(b"a much longer old content")
+    with atomic_write(path, "wb") as file:
+        file.write(b"\x00\xff")
+        assert path.read_bytes() == b"a much longer old content", "readers see the old content until the block ends"
+    assert path.read_bytes() == b"\x00\xff"
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_partial(tmp_path: Path, old: str | None) -> None:
+    path = tmp_path / "text.txt"
+    if old is not None:
+        path.write_text(old)
+    with pytest.raises(OSError, match="No space left"), atomic_write(path) as file:
+        file.write("new")
+    assert names(tmp_path) == ([] if old is None else ["text.txt"])
+    assert old is None or path.read_text() == old
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_exception_in_the_block_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_write(tmp_path / "text.txt") as file:
+        file.write("half of the content")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"), atomic_write(tmp_path):
+        pass
+
+
+def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 251 + ".txt")
+    with atomic_write(path) as file:
+        file.write("x")
+    assert path.read_text() == "x"
+
+
+def test_folder_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with atomic_folder(out) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("a")
+        assert not out.exists()
+    assert (out / "sub" / "a.txt").read_text() == "a"
+    assert names(tmp_path / "deep") == ["out"]
+
+
+def test_folder_refuses_to_mix_with_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as folder:  # an empty folder is fine
+        (folder / "a.txt").write_text("a")
+    with pytest.raises(InputError, match="not empty"), atomic_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(InputError, match="is a file"), atomic_folder(tmp_path / "out" / "a.txt"):
+        pass
+
+
+def test_folder_overwrite_replaces_everything(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with atomic_folder(out, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+        assert names(out) == ["old.txt"]
+    assert names(out) == ["new.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with pytest.raises(OSError, match="No space left"), atomic_folder(out, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["old.txt"]
+
+
+def test_lines_are_renamed_when_complete(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "lines.jsonl"
+    with ResumableLines(path, key="a") as lines:
+        lines.append("größe")
+        lines.append("2")
+        assert not path.exists()
+    assert path.read_bytes() == "größe\n2\n".encode()
+    assert names(path.parent) == ["lines.jsonl"]
+
+
+def test_interrupted_lines_are_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    with pytest.raises(KeyboardInterrupt), ResumableLines(path, key="a") as lines:
+        lines.append("1")
+        lines.append("2")
+        raise KeyboardInterrupt
+    assert not path.exists()
+    with lines.partial.open("ab") as file:
+        file.write(b"half a li")  # what a kill in the middle of a write leaves
+    with ResumableLines(path, key="a", resume=True) as lines:
+        assert lines.finished == ["1", "2"]
+        lines.append("3")
+    assert path.read_text() == "1\n2\n3\n"
+    assert names(tmp_path) == ["lines.jsonl"]
+
+
+def test_only_the_same_run_is_resumed_and_a_new_one_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    with pytest.raises(ValueError, match="stop"), ResumableLines(path, key="a") as lines:
+        lines.append("1")
+        raise ValueError("stop")
+    with pytest.raises(InputError, match="no interrupted run"):
+        ResumableLines(path, key="b", resume=True)
+    with ResumableLines(path, key="a") as lines:
+        assert lines.finished == []
+        lines.append("new")
+    assert path.read_text() == "new\n"
+
+
+def test_no_line_no_partial_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stop"), ResumableLines(tmp_path / "lines", key="a"):
+        raise ValueError("stop")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_lines_survive_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    with pytest.raises(OSError, match="No space left"), ResumableLines(path, key="a") as lines:
+        lines.append("1")
+    assert names(tmp_path) == [lines.partial.name]
+    assert lines.partial.read_text() == "1\n"

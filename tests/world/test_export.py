@@ -1,0 +1,273 @@
+"""Round trip: rendered scenes -> files in the real layouts -> samples of the readers, with nothing lost."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from foveate.data import open_dataset
+from foveate.data.boxes import clamp_visual_genome_box
+from foveate.data.samples import ImageSample, RegionSample
+from foveate.errors import InputError
+from foveate.vision.images import decode_rle
+from foveate.world import export
+from foveate.world.export import export_scenes
+from foveate.world.scenes import Instance, Scene, render_scene
+
+SEED, COUNT, SIZE, OBJECTS, VAL_FRACTION = 7, 8, (120, 96), (4, 7), 0.25
+FORMATS = ("visual-genome", "refcocog", "coco")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [render_scene(SEED + index, SIZE, OBJECTS) for index in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    for format in FORMATS:
+        write(folder / format, format)
+    return folder
+
+
+def write(out: Path, format: str = "coco", **changes: Any) -> Path:
+    arguments: dict[str, Any] = {
+        "first_seed": SEED,
+        "count": COUNT,
+        "size": SIZE,
+        "objects": OBJECTS,
+        "val_fraction": VAL_FRACTION,
+        "processes": 1,
+    }
+    return export_scenes(out, format, **arguments | changes)
+
+
+def read(root: Path, format: str, splits: tuple[str, ...] = ("train", "val")) -> list[ImageSample]:
+    samples: list[ImageSample] = []
+    for split in splits:
+        dataset = open_dataset(format, root / format, split)
+        assert not dataset.skipped
+        samples.extend(dataset)
+    return samples
+
+
+def check_image(sample: ImageSample, scene: Scene) -> None:
+    assert (sample.height, sample.width) == scene.image.shape[:2]
+    with Image.open(sample.path) as image:
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), scene.image)
+
+
+def check_words(region: RegionSample, instance: Instance) -> None:
+    assert region.category == instance.category
+    assert region.attributes == instance.positive_attributes
+    assert region.negative_attributes == instance.negative_attributes
+    assert region.tags == instance.tags
+
+
+def check_mask(region: RegionSample, instance: Instance) -> None:
+    assert region.box == instance.box
+    assert region.mask is not None
+    np.testing.assert_array_equal(decode_rle(region.mask), instance.mask)
+
+
+def test_visual_genome_round_trip(exported: Path, scenes: list[Scene]) -> None:
+    samples = read(exported, "visual-genome")
+    assert [sample.image_id for sample in samples] == list(range(1, COUNT + 1))
+    relations = 0
+    for sample, scene in zip(samples, scenes, strict=True):
+        check_image(sample, scene)
+        described = [index for index, instance in enumerate(scene.instances) if instance.describable]
+        ids = {index: region.region_id for index, region in zip(described, sample.regions, strict=True)}
+        for index, region in zip(described, sample.regions, strict=True):
+            instance = scene.instances[index]
+            height, width = scene.image.shape[:2]
+            assert region.box == clamp_visual_genome_box(instance.box, width, height)
+            assert region.captions == tuple(dict.fromkeys(instance.captions))
+            check_words(region, instance)
+            assert [
+                (relation.predicate, relation.object_id, relation.object_name) for relation in region.relations
+            ] == [
+                (each.predicate, ids.get(each.object_index, -1), scene.instances[each.object_index].category)
+                for each in instance.relations
+            ]
+            relations += len(region.relations)
+        assert [(q.question, q.answer, q.kind) for q in sample.questions] == [
+            (q.question, q.answer, q.kind) for q in scene.questions
+        ]
+    assert relations > 0
+
+
+@pytest.mark.parametrize("last", ["val", "val_captions"])
+def test_refcocog_round_trip(exported: Path, scenes: list[Scene], last: str) -> None:
+    samples = {sample.image_id: sample for sample in read(exported, "refcocog", ("train", last))}
+    for image_id, scene in enumerate(scenes, 1):
+        described = [instance for instance in scene.instances if instance.describable]
+        if not described:
+            assert image_id not in samples
+            continue
+        sample = samples[image_id]
+        check_image(sample, scene)
+        for region, instance in zip(sample.regions, described, strict=True):
+            assert region.captions == tuple(dict.fromkeys(instance.captions))
+            check_words(region, instance)
+            check_mask(region, instance)
+
+
+def test_coco_round_trip(exported: Path, scenes: list[Scene]) -> None:
+    samples = read(exported, "coco")
+    for sample, scene in zip(samples, scenes, strict=True):
+        check_image(sample, scene)
+        assert sample.captions == scene.captions
+        for region, instance in zip(sample.regions, scene.instances, strict=True):
+            check_words(region, instance)
+            check_mask(region, instance)
+
+
+def test_real_key_names(exported: Path) -> None:
+    def load(name: str) -> Any:
+        return json.loads((exported / name).read_text(encoding="utf-8"))
+
+    assert set(load("visual-genome/image_data.json")[0]) == {
+        "image_id",
+        "url",
+        "width",
+        "height",
+        "coco_id",
+        "flickr_id",
+    }
+    region = load("visual-genome/region_descriptions.json")[0]["regions"][0]
+    assert set(region) == {"region_id", "image_id", "x", "y", "width", "height", "phrase", "object_id", "tags"}
+    assert all(type(region[side]) is int for side in ("x", "y", "width", "height"))
+    thing = load("visual-genome/attributes.json")[0]["attributes"][0]
+    assert {"object_id", "names", "x", "y", "w", "h", "synsets", "attributes", "negative_attributes"} == set(thing)
+    related = [one for image in load("visual-genome/relationships.json") for one in image["relationships"]]
+    assert {"predicate", "subject", "object", "relationship_id", "synsets"} == set(related[0])
+    assert load("visual-genome/densecap_splits.json") == {"train": [1, 2, 3, 4, 5, 6], "val": [7, 8], "test": []}
+    entry = load("refcocog/finetune_refcocog_train.json")
+    assert {"file_name", "height", "width", "id", "original_id", "caption", "dataset_name"} == set(entry["images"][0])
+    assert len(entry["images"]) == len(entry["annotations"])
+    annotation = load("coco/annotations/instances_val.json")["annotations"][0]
+    assert {"id", "image_id", "category_id", "iscrowd", "area", "bbox", "segmentation"} < set(annotation)
+    assert sorted(path.name for path in (exported / "coco").iterdir()) == [
+        "annotations",
+        "dataset.json",
+        "train",
+        "val",
+    ]
+
+
+def test_pycocotools_reads_the_export(exported: Path, scenes: list[Scene], capsys: pytest.CaptureFixture) -> None:
+    from pycocotools.coco import COCO
+
+    coco = COCO(str(exported / "coco/annotations/instances_train.json"))
+    capsys.readouterr()
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=1))
+    for annotation, instance in zip(annotations, scenes[0].instances, strict=True):
+        np.testing.assert_array_equal(coco.annToMask(annotation).astype(bool), instance.mask)
+        assert annotation["area"] == instance.mask.sum()
+        assert coco.loadCats(annotation["category_id"])[0]["name"] == instance.category
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_processes_do_not_change_the_files(exported: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    out = write(tmp_path / "coco", processes=2, progress=lambda done, total: calls.append((done, total)))
+    assert files_of(out) == files_of(exported / "coco")
+    assert calls == [(done, COUNT) for done in range(1, COUNT + 1)]
+
+
+def test_manifest(exported: Path) -> None:
+    manifest = json.loads((exported / "visual-genome/dataset.json").read_text())
+    assert manifest["version"] == 1
+    assert (manifest["format"], manifest["first_seed"], manifest["count"]) == ("visual-genome", SEED, COUNT)
+    assert (manifest["size"], manifest["objects"], manifest["splits"]) == ([120, 96], [4, 7], {"train": 6, "val": 2})
+    assert manifest["max_phrase_words"] >= 15
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_without_validation_scenes(tmp_path: Path, format: str) -> None:
+    out = write(tmp_path / "new/deep", format, count=1, val_fraction=0.0)
+    assert len(open_dataset(format, out, "train")) == 1
+    with pytest.raises(InputError):
+        open_dataset(format, out, "val")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"format": "voc"}, "'voc'"),
+        ({"format": "Visual_Genome"}, "did you mean 'visual-genome'"),
+        ({"count": 0}, "count is 0"),
+        ({"count": 2.0}, "count is 2.0"),
+        ({"processes": 0}, "processes is 0"),
+        ({"first_seed": -1}, "first_seed is -1"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"val_fraction": float("nan")}, "val_fraction is nan"),
+        ({"val_fraction": "0.1"}, "val_fraction is '0.1'"),
+        ({"size": 1}, ""),
+    ],
+)
+def test_wrong_arguments_leave_nothing(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError) as raised:
+        write(tmp_path / "made/out", **changes)
+    assert named in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file"):
+        with pytest.raises(InputError, match=name):
+            write(tmp_path / name)
+    with pytest.raises(InputError, match="cannot be written"):
+        write(tmp_path / "file/below")
+    assert files_of(tmp_path) == {"full/mine": b"mine", "file": b"mine"}
+    (tmp_path / "empty").mkdir()
+    assert len(open_dataset("coco", write(tmp_path / "empty", count=1), "train")) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failing_write_leaves_nothing(tmp_path: Path, processes: int) -> None:
+    """The system refuses files of more than 64 bytes: every image fails as on a full disk. Children inherit that."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"out cannot be written: .*free space or choose another folder"):
+            write(tmp_path / "made/out", processes=processes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interruption_leaves_nothing(tmp_path: Path, processes: int) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 3:
+            assert list(tmp_path.iterdir())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", progress=interrupt, processes=processes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_while_the_annotations_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.json, "dump", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        write(tmp_path / "out", count=1)
+    assert list(tmp_path.iterdir()) == []
