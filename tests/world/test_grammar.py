@@ -20,6 +20,7 @@ from foveate.world.vocabulary import (
     relation_predicates,
     sizes,
     tag_vocabulary,
+    undecided_words,
     unsaid_values,
 )
 
@@ -91,29 +92,30 @@ def test_captions_are_clean_and_say_only_what_holds(
 
 @settings(max_examples=100, deadline=None)
 @given(described())
-def test_negatives_are_the_other_values_of_families_that_apply(item: tuple[str, dict[str, str], str | None]) -> None:
+def test_negatives_are_the_other_values_of_its_families_and_what_it_never_has(
+    item: tuple[str, dict[str, str], str | None],
+) -> None:
     name, attributes, _ = item
     positive, negative = attribute_words(name, attributes)
     assert sorted(positive) == sorted(attributes.values())
-    assert not set(positive) & set(negative)
-    expected = [
-        value
-        for family, options in categories()[name].families.items()
-        if family in attributes
-        for value in options
-        if value != attributes[family]
-    ]
-    assert sorted(negative) == sorted(expected)
-    assert set(positive) | set(negative) <= set(attribute_vocabulary())
+    assert len(set(negative)) == len(negative)
+    families = categories()[name].families
+    of_its_families = {value for family in attributes for value in families[family]} - set(positive)
+    of_no_family = set(attribute_vocabulary()) - {value for options in families.values() for value in options}
+    assert of_its_families <= set(negative)
+    assert set(negative) - of_its_families == of_no_family - unsaid_values() - undecided_words(name)
 
 
-def test_nothing_is_denied_of_families_that_do_not_apply() -> None:
+def test_what_a_thing_never_has_is_denied_and_what_is_open_is_not() -> None:
     attributes = {"colour": "red", "pattern": "plain", "finish": "matte"}  # a tiny car: no size, and no facing known
     positive, negative = attribute_words("car", attributes)
     assert positive == ("red", "plain", "matte")
-    assert "furry" not in negative  # not a finish of cars, so it is neither said nor denied
-    assert not {"small", "medium", "large", "open", "sitting", "facing left"} & set(negative)
-    assert {"blue", "striped", "wooden"} <= set(negative)
+    assert {"blue", "striped", "wooden", "furry", "sitting", "open"} <= set(negative)
+    assert not {"small", "large", "facing left"} & set(negative)  # families of cars whose value is not known
+    assert not {"lit", "empty"} & set(negative)  # not drawn, yet said of cars
+    _, negative = attribute_words("cactus", {"colour": "green", "pattern": "plain", "finish": "matte"})
+    assert {"closed", "lit", "bitten", "flying"} <= set(negative)
+    assert not {"medium", "blooming", "standing"} & set(negative)
 
 
 def test_tags_hold_the_object_and_what_it_relates_to() -> None:

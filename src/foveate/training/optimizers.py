@@ -6,8 +6,54 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+_MOMENTUM, _STEPS, _EPS = 0.95, 5, 1e-7
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """About U V^T of the singular value decompositions U S V^T of matrices (N, A, B): five Newton-Schulz steps.
+
+    Computed in the type of the matrices: bfloat16, which is enough, takes fifty times as long on a CPU without it.
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / x.flatten(1).norm(dim=1).clamp(min=_EPS)[:, None, None]
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+class Muon(Optimizer):
+    """Momentum whose steps are orthogonalised (Jordan et al. 2024), for matrices.
+
+    What `torch.optim.Muon` does with its defaults, for all matrices of a shape at once and in their own type.
+    """
+
+    def __init__(self, params: list[Tensor], *, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            shapes: dict[Any, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault((parameter.shape, parameter.device), []).append(parameter)
+            for (shape, _), members in shapes.items():
+                updates = []
+                for parameter in members:
+                    state = self.state[parameter]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    state["momentum_buffer"].lerp_(parameter.grad, 1 - _MOMENTUM)
+                    updates.append(parameter.grad.lerp(state["momentum_buffer"], _MOMENTUM))
+                steps = orthogonalised(torch.stack(updates)) * max(1, shape[0] / shape[1]) ** 0.5
+                for parameter, step in zip(members, steps, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
 
 
 class MuonAdamW(Optimizer):

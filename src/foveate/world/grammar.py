@@ -6,7 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from foveate.world.vocabulary import categories, raw_vocabulary, relation_tag, unsaid_values
+from foveate.world.vocabulary import (
+    attribute_vocabulary,
+    categories,
+    raw_vocabulary,
+    relation_tag,
+    undecided_words,
+    unsaid_values,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +26,22 @@ class SceneQuestion:
 
 
 def attribute_words(category: str, attributes: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Words that hold, and the other words of the same families, which are known not to hold.
+    """Words that hold, and words that are known not to hold: other values of the same families, and the values of
+    families that the category does not have (no cactus is "closed").
 
-    A family without a value in `attributes` (the size of a tiny object) is unknown and gives neither.
+    Unknown, so in neither: a family without a value in `attributes` (the size of a tiny object), what goes without
+    saying where nothing else can be (the "matte" of a man), and the words that the data file leaves undecided.
     """
-    positive, negative = [], []
-    for family, options in categories()[category].families.items():
+    families = categories()[category].families
+    positive, negative, unknown = [], [], {*unsaid_values(), *undecided_words(category)}
+    for family, options in families.items():
         if family in attributes:
             positive.append(attributes[family])
             negative += [value for value in options if value != attributes[family]]
+        else:
+            unknown.update(options)
+    unknown.update(positive, negative)
+    negative += [word for word in attribute_vocabulary() if word not in unknown]
     return tuple(positive), tuple(negative)
 
 

@@ -104,6 +104,12 @@ def unsaid_values() -> frozenset[str]:
     return frozenset(family["unsaid"] for family in raw_vocabulary()["families"].values() if "unsaid" in family)
 
 
+def undecided_words(category: str) -> frozenset[str]:
+    """Words of families that the category does not have, which are yet not false of it."""
+    names = {category, categories()[category].group}
+    return frozenset(word for word, listed in raw_vocabulary()["undecided"].items() if names.intersection(listed))
+
+
 def tag_vocabulary() -> list[str]:
     """Words that can be tags: categories, attributes that are said, and the words of relations."""
     said = [word for word in attribute_vocabulary() if word not in unsaid_values()]

@@ -1,9 +1,9 @@
 """Pre-training of `clip-world`: a `CLIPModel` trained on crops of rendered scenes and their captions.
 
 The contrast of crops and captions (Radford et al. 2021) alone would need more pictures than a laptop can look at, so
-three objectives on the tokens of `dense_layer` help, all free in a rendered world; their heads are thrown away:
-each patch names the object under it (category, attributes) and what that object's caption relates it to, and the class
-token says which categories are where. What is kept is a plain CLIP checkpoint.
+objectives on the tokens of `dense_layer` help, all free in a rendered world; their heads are thrown away: each patch
+names the object under it (category, attributes) and what that object's caption relates it to, points to the boxes of
+both, and the class token says which categories are where. What is kept is a plain CLIP checkpoint.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from foveate.checkpoints import find_checkpoint
+from foveate.errors import RecipeError
 from foveate.training.recipes import Recipe, RecipeSection
 from foveate.training.sampling import SampleRandom, SeededDataset
 from foveate.training.standins.rendered import RenderedData, RenderedScenes
 from foveate.training.trainer import TrainingTask
-from foveate.world.scenes import render_scene
+from foveate.world.scenes import Instance, render_scene
 from foveate.world.vocabulary import attribute_vocabulary, category_names, colour_names, relation_predicates
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 class ClipSizes(RecipeSection):
     """Sizes of the two towers."""
 
+    init_from: str | None = Field(None, description="go on from this CLIP of the same sizes, with its tokenizer")
     image_size: int = Field(60, gt=0, description="pixels, side of the input")
     patch_size: int = Field(10, gt=0, description="pixels")
     vision_width: int = 128
@@ -85,8 +88,9 @@ def train_tokenizer(captions: list[str], size: int) -> CLIPTokenizer:
 class CropDataset(SeededDataset):
     """Crops around each describable object, from the object itself to the whole scene, with a caption and labels.
 
-    A sample: pixels (s, s, 3) uint8, caption, patch labels: for each of g x g patches the row of `labels` of the object
-    under its centre (0: background).
+    A sample: pixels (s, s, 3) uint8, caption, and for each of g x g patches: the row of `labels` of the object under
+    its centre (0: background), whether what its caption relates it to is in the crop, and where that and the object
+    itself are: two boxes, xyxy from the centre of the patch in sides of the crop (NaN: none).
     """
 
     def __init__(self, scenes: RenderedScenes, sizes: ClipSizes) -> None:
@@ -102,8 +106,8 @@ class CropDataset(SeededDataset):
         scene, number = self.index[index]
         draw = random.numpy
         image, instance = self.scenes.images[scene], self.scenes.instances[scene][number]
-        # Half of the crops show little more than the object: what is far smaller than a patch teaches nothing.
-        t = 0.0 if draw.random() < 0.3 else float(draw.integers(1, 11 if draw.random() < 0.5 else 4)) / 10
+        # Most crops show the object and what is beside it; in wider ones most things are smaller than a patch.
+        t = 0.0 if draw.random() < 0.2 else float(draw.integers(1, 11 if draw.random() < 0.3 else 7)) / 10
         side = image.shape[0]
         box = np.array(instance.box) + t * (np.array([0, 0, side, side]) - np.array(instance.box))
         x0, y0, x1, y1 = (int(value) for value in box)
@@ -115,11 +119,43 @@ class CropDataset(SeededDataset):
         rows, columns = (y0 + centres * (y1 - y0)).astype(int), (x0 + centres * (x1 - x0)).astype(int)
         ids = self.scenes.instance_maps[scene][np.ix_(rows, columns)].astype(np.int64)
         captions = self.scenes.captions[scene] if t == 1.0 else instance.captions
+        boxes, related = self._surroundings(self.scenes.instances[scene], (x0, y0, x1, y1), wide=t >= 0.3)
+        middles = np.stack(np.meshgrid(centres, centres), axis=2)
         return {
             "pixels": np.asarray(crop),
             "caption": captions[int(draw.integers(len(captions)))],
             "labels": np.where(ids > 0, self.offsets[scene] + ids, 0),
+            "related": related[ids],
+            "boxes": (boxes[ids] - np.tile(middles, 4)).astype(np.float32),
         }
+
+    @staticmethod
+    def _surroundings(
+        instances: list[Instance], crop: tuple[int, int, int, int], wide: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """For the background and each object: its box and that of what it relates to, and if its relation can be seen.
+
+        Boxes are in sides of the crop. A relation can be seen where half of the other's box is in the crop; that there
+        is none, in a wide crop.
+        """
+        corner = np.array([crop[0], crop[1]] * 2)
+        sides = np.array([crop[2] - crop[0], crop[3] - crop[1]] * 2)
+        boxes = np.full((len(instances) + 1, 8), np.nan)
+        related = np.zeros(len(instances) + 1, bool)
+        own = (np.array([item.box for item in instances]).reshape(-1, 4) - corner) / sides
+        boxes[1:, :4] = own
+        inside = own.clip(0, 1)
+        area = (own[:, 2] - own[:, 0]) * (own[:, 3] - own[:, 1])
+        shown = (inside[:, 2] - inside[:, 0]) * (inside[:, 3] - inside[:, 1]) >= 0.5 * area
+        for number, item in enumerate(instances, 1):
+            if item.relations:
+                other = item.relations[0].object_index
+                related[number] = shown[other]
+                if shown[other]:
+                    boxes[number, 4:] = own[other]
+            else:
+                related[number] = item.describable and wide
+        return boxes, related
 
 
 def _label_table(scenes: RenderedScenes) -> tuple[Tensor, np.ndarray]:
@@ -163,10 +199,17 @@ class ClipPretraining(nn.Module):
         self.counts = [len(category_names()) + 1, len(attribute_vocabulary()), len(relation_predicates()) + 1]
         self.counts += [len(category_names()), len(colour_names())]
         self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.counts)))
+        self.box_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 8))
         self.layout_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 16 * len(category_names())))
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        related: Tensor,
+        boxes: Tensor,
     ) -> dict[str, Any]:
         vision = self.clip.vision_model(pixel_values=pixel_values, output_hidden_states=True)
         image = F.normalize(self.clip.visual_projection(vision.pooler_output).float(), dim=-1)
@@ -177,10 +220,11 @@ class ClipPretraining(nn.Module):
         losses = {"contrast": (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2}
         if self.sizes.dense_weight:
             hidden = vision.hidden_states[self.sizes.dense_layer]
-            losses |= {name: self.sizes.dense_weight * loss for name, loss in self._dense(hidden, labels).items()}
+            dense = self._dense(hidden, labels, related, boxes)
+            losses |= {name: self.sizes.dense_weight * loss for name, loss in dense.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), "losses": losses}
 
-    def _dense(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _dense(self, hidden: Tensor, labels: Tensor, related: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         truth = self.labels[labels.flatten()]
         category, attributes, predicate, other, colour = truth.split([1, self.counts[1], 1, 1, 1], dim=1)
         predicted = self.patch_head(hidden[:, 1:]).float().flatten(0, 1).split(self.counts, dim=1)
@@ -190,13 +234,18 @@ class ClipPretraining(nn.Module):
         )
         losses = {
             "category": F.cross_entropy(predicted[0], category[:, 0]),
-            "attributes": 4 * (attribute_loss * known).sum() / known.sum().clamp(min=1),
+            "attributes": 6 * (attribute_loss * known).sum() / known.sum().clamp(min=1),
         }
         for name, logits, wanted in zip(
             ("predicate", "other", "colour"), predicted[2:], (predicate, other, colour), strict=True
         ):
-            count = (wanted >= 0).sum().clamp(min=1)
-            losses[name] = 0.5 * F.cross_entropy(logits, wanted[:, 0], ignore_index=-1, reduction="sum") / count
+            asked = wanted[:, 0].masked_fill(~related.flatten(), -1)
+            count = (asked >= 0).sum().clamp(min=1)
+            losses[name] = F.cross_entropy(logits, asked, ignore_index=-1, reduction="sum") / count
+        pointed = self.box_head(hidden[:, 1:]).float()
+        there = ~boxes.isnan()
+        distance = (pointed - boxes.nan_to_num().clamp(-1.5, 1.5)).abs()
+        losses["boxes"] = 4 * (distance * there).sum() / there.sum().clamp(min=1)
         # The class token tells where things are: which categories stand in each cell of a 4 x 4 grid.
         grid = self.sizes.image_size // self.sizes.patch_size
         cells = torch.arange(grid) * 4 // grid
@@ -239,31 +288,28 @@ def start_like_a_trained_transformer(vision: nn.Module, grid: int) -> None:
         attention.out_proj.weight.copy_((values.sqrt()[:, None] * right).T)
 
 
-def _collate(tokenizer: CLIPTokenizer) -> Any:
+def _pixel_values(crops: list[np.ndarray]) -> Tensor:
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
+
+def _collate(tokenizer: CLIPTokenizer) -> Any:
     def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).permute(0, 3, 1, 2).float()
         text = tokenizer([sample["caption"] for sample in samples], padding=True, truncation=True, return_tensors="pt")
-        labels = torch.from_numpy(np.stack([sample["labels"] for sample in samples]))
         return {
-            "pixel_values": (pixels / 255 - mean) / std,
+            "pixel_values": _pixel_values([sample["pixels"] for sample in samples]),
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
-            "labels": labels.flatten(1),
+            "labels": torch.from_numpy(np.stack([sample["labels"] for sample in samples])).flatten(1),
+            "related": torch.from_numpy(np.stack([sample["related"] for sample in samples])).flatten(1),
+            "boxes": torch.from_numpy(np.stack([sample["boxes"] for sample in samples])).flatten(1, 2),
         }
 
     return collate
 
 
-def build(recipe: ClipRecipe) -> TrainingTask:
-    """Render the scenes, train the tokenizer on their captions, and set the model up."""
-    sizes = recipe.model
-    scenes = RenderedScenes.render(recipe.data)
-    texts = [caption for scene in scenes.instances for item in scene for caption in item.captions]
-    texts += [caption for captions in scenes.captions for caption in captions]
-    tokenizer = train_tokenizer(texts, sizes.vocabulary)
-    config = CLIPConfig(
+def _config(sizes: ClipSizes, tokenizer: CLIPTokenizer) -> CLIPConfig:
+    return CLIPConfig(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": sizes.text_width,
@@ -289,9 +335,35 @@ def build(recipe: ClipRecipe) -> TrainingTask:
         },
         projection_dim=sizes.projection,
     )
+
+
+def _check_sizes(found: CLIPConfig, wanted: CLIPConfig, name: str) -> None:
+    for part in ("vision_config", "text_config"):
+        have, want = getattr(found, part).to_dict(), getattr(wanted, part).to_dict()
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
+            if have.get(key) != want.get(key):
+                raise RecipeError(
+                    f"model.init_from: the {part} of {name} has {key} {have.get(key)}, "
+                    f"the recipe asks for {want.get(key)}"
+                )
+
+
+def build(recipe: ClipRecipe) -> TrainingTask:
+    """Render the scenes, train the tokenizer on their captions, and set the model up."""
+    sizes = recipe.model
+    scenes = RenderedScenes.render(recipe.data)
     dataset = CropDataset(scenes, sizes)
-    clip = CLIPModel(config)
-    start_like_a_trained_transformer(clip.vision_model, sizes.image_size // sizes.patch_size)
+    if sizes.init_from is None:
+        texts = [caption for scene in scenes.instances for item in scene for caption in item.captions]
+        texts += [caption for captions in scenes.captions for caption in captions]
+        tokenizer = train_tokenizer(texts, sizes.vocabulary)
+        clip = CLIPModel(_config(sizes, tokenizer))
+        start_like_a_trained_transformer(clip.vision_model, sizes.image_size // sizes.patch_size)
+    else:
+        folder = find_checkpoint(sizes.init_from)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+        _check_sizes(clip.config, _config(sizes, tokenizer), sizes.init_from)
     model = ClipPretraining(clip, sizes, dataset.labels)
 
     def save(folder: Path) -> None:
@@ -325,15 +397,12 @@ def evaluate(recipe: ClipRecipe, model_path: Path) -> dict[str, Any]:
                 )
                 captions.append(item.captions[0])
                 wanted.append(category_names().index(item.category))
-    batch = _collate(tokenizer)(
-        [{"pixels": c, "caption": t, "labels": np.zeros(1)} for c, t in zip(crops, captions, strict=True)]
-    )
+    spoken = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
     prompts = tokenizer([f"a {name}" for name in category_names()], padding=True, return_tensors="pt")
     with torch.inference_mode():
-        image = F.normalize(model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output, dim=-1)
+        image = F.normalize(model.get_image_features(pixel_values=_pixel_values(crops)).pooler_output, dim=-1)
         names = F.normalize(model.get_text_features(**prompts).pooler_output, dim=-1)
-        text = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        text = F.normalize(text.pooler_output, dim=-1)
+        text = F.normalize(model.get_text_features(**spoken).pooler_output, dim=-1)
     groups = min(64, len(image))
     hits = [
         (image[start : start + groups] @ text[start : start + groups].T).argmax(1)
