@@ -22,19 +22,20 @@ from foveate.checkpoints import WEIGHTS
 from foveate.errors import CheckpointError, FoveateError, InputError
 from foveate.files import atomic_folder, atomic_write
 
+# Recipes run in order, each on the checkpoint of the one before; the last one's is shipped.
 RECIPES = {
-    "clip-world": "recipes/standins/clip_world.yaml",
-    "t5-world": "recipes/standins/t5_world.yaml",
-    "proposer-world": "recipes/standins/proposer_world.yaml",
-    "dynrefer-world": "recipes/dynrefer/world.yaml",
+    "clip-world": ("recipes/standins/clip_world.yaml", "recipes/standins/clip_world_2.yaml"),
+    "t5-world": ("recipes/standins/t5_world.yaml",),
+    "proposer-world": ("recipes/standins/proposer_world.yaml",),
+    "dynrefer-world": ("recipes/dynrefer/world.yaml",),
 }
 BUILT_ON = {"dynrefer-world": ("clip-world", "t5-world")}
 MAX_BYTES = 6 * 10**6
 MAX_BYTES_TOGETHER = 40 * 10**6
 
 
-def train_step(recipe_path: Path, anew: bool) -> Path:
-    """The checkpoint folder of a recipe, trained where it is not finished yet.
+def train_step(recipe_path: Path, anew: bool) -> tuple[Path, bool]:
+    """The checkpoint folder of a recipe, trained where it is not finished yet, and whether it was trained now.
 
     Args:
         anew: train also what is finished, from the start.
@@ -49,9 +50,9 @@ def train_step(recipe_path: Path, anew: bool) -> Path:
     elif (output / "recipe.yaml").is_file() and load_recipe(output / "recipe.yaml") == recipe:
         if (output / "training.json").is_file() and (output / "checkpoint").is_dir():
             print(f"{recipe_path}: finished before, {output / 'checkpoint'} is used")
-            return output / "checkpoint"
-        return train(recipe_path, resume=True).checkpoint
-    return train(recipe_path).checkpoint
+            return output / "checkpoint", False
+        return train(recipe_path, resume=True).checkpoint, True
+    return train(recipe_path).checkpoint, True
 
 
 def publish(checkpoint: Path, name: str, weights: Path) -> int:
@@ -119,7 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
             shipped = _stamp(WEIGHTS / name)
             # What was trained on other stand-ins is no longer what its recipe makes.
             anew = options.fresh or not changed.isdisjoint(BUILT_ON.get(name, ()))
-            size = publish(train_step(root / RECIPES[name], anew), name, WEIGHTS)
+            for path in RECIPES[name]:
+                checkpoint, trained = train_step(root / path, anew)
+                anew = anew or trained
+            size = publish(checkpoint, name, WEIGHTS)
             if _stamp(WEIGHTS / name) != shipped:
                 changed.add(name)
             rows.append((name, size, time.perf_counter() - started))

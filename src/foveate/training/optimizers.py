@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ class Muon(Optimizer):
     What `torch.optim.Muon` does with its defaults, for all matrices of a shape at once and in their own type.
     """
 
-    def __init__(self, params: list[Tensor], *, lr: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, params: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
+        super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,11 +46,11 @@ class Muon(Optimizer):
             for (shape, _), members in shapes.items():
                 updates = []
                 for parameter in members:
-                    state = self.state[parameter]
+                    state, gradient = self.state[parameter], cast(Tensor, parameter.grad)
                     if not state:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
-                    state["momentum_buffer"].lerp_(parameter.grad, 1 - _MOMENTUM)
-                    updates.append(parameter.grad.lerp(state["momentum_buffer"], _MOMENTUM))
+                    state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
+                    updates.append(gradient.lerp(state["momentum_buffer"], _MOMENTUM))
                 steps = orthogonalised(torch.stack(updates)) * max(1, shape[0] / shape[1]) ** 0.5
                 for parameter, step in zip(members, steps, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
@@ -87,7 +87,7 @@ class MuonAdamW(Optimizer):
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.parts: list[Optimizer] = [
+        self.parts: Sequence[Optimizer] = [
             Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay),
             AdamW([group for group in adamw_groups if group["params"]], lr=learning_rate, betas=betas),
         ]

@@ -416,9 +416,10 @@ class DynReferModel(DynReferPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Tensor,
-        region_boxes: Tensor,
+        pixel_values: Tensor | None = None,
+        region_boxes: Tensor | None = None,
         *,
+        view_tokens: Tensor | None = None,
         view_index: Tensor | None = None,
         tag_embeds: Tensor | None = None,
         tag_targets: Tensor | None = None,
@@ -436,6 +437,7 @@ class DynReferModel(DynReferPreTrainedModel):
         Args:
             pixel_values: (U, 3, s, s) distinct views.
             region_boxes: (R, n, 4) xyxy, the region in pixels of each of its views.
+            view_tokens: (U, 1 + g*g, C) what `encode_views` gave for them, instead of `pixel_values`.
             view_index: (R, n) rows of `pixel_values`; None if U = R*n in region-major order.
             tag_embeds, tag_targets: (V, D) embeddings of the tag list, (R, V) of 0 and 1.
             caption_text_ids, caption_text_mask: (R, L) captions for the contrast head's text encoder.
@@ -443,8 +445,12 @@ class DynReferModel(DynReferPreTrainedModel):
             control_ids, control_mask, caption_ids, caption_mask: (R, L) for the language model.
         """
         config = self.config
+        assert region_boxes is not None
+        if (pixel_values is None) == (view_tokens is None):
+            raise ValueError("give either pixel_values or view_tokens")
         with torch.no_grad():
-            tokens = self.encode_views(pixel_values)
+            tokens = self.encode_views(pixel_values) if pixel_values is not None else view_tokens
+        assert tokens is not None
         if view_index is not None:
             tokens = tokens[view_index.flatten()]
         query_output = self.encode_regions(tokens, region_boxes)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 
 from foveate.checkpoints import find_checkpoint, read_config
@@ -21,7 +21,7 @@ from foveate.data.dataset import SampleDataset
 from foveate.data.samples import RegionSample
 from foveate.data.text import clean_caption
 from foveate.errors import RecipeError
-from foveate.language.lm import load_language_model
+from foveate.language.lm import load_language_model, load_tokenizer
 from foveate.metrics.calibration import expected_calibration_error, fit_platt
 from foveate.metrics.captioning import caption_report
 from foveate.metrics.classification import class_breakdown, mean_average_precision
@@ -43,6 +43,7 @@ from .modeling import DynReferModel
 from .predictor import TASKS, DynReferPredictor
 from .processing import CLASS_TEMPLATE, DynReferProcessor, Vocabulary, control_text
 from .results import Region
+from .view_cache import ViewCache
 from .views import build_views, sample_coefficients
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,9 @@ class TrainingData(RegionData):
     control_dropout: float = Field(0.5, ge=0, le=1, description="share of samples without any control word")
     canonical_caption: float = Field(0.5, ge=0, le=1, description="share of samples with the first reference")
     cache_images: bool = Field(True, description="keep decoded images in memory")
+    cache_views: RecipePath | None = Field(
+        None, description="folder that keeps the frozen tower's tokens of all views; for small datasets"
+    )
 
 
 class ModelSettings(RecipeSection):
@@ -180,8 +184,9 @@ class RegionDataset(SeededDataset):
         config: DynReferConfig,
         vocabulary: Vocabulary,
         data: TrainingData,
+        cache: ViewCache | None = None,
     ) -> None:
-        self.dataset, self.index, self.config, self.data = dataset, index, config, data
+        self.dataset, self.index, self.config, self.data, self.cache = dataset, index, config, data, cache
         self.tags = {tag.lower(): k for k, tag in enumerate(vocabulary.tags)}
         self.attributes = {attribute.name: k for k, attribute in enumerate(vocabulary.attributes)}
         self.classes = {name: k for k, name in enumerate(vocabulary.classes)}
@@ -211,18 +216,22 @@ class RegionDataset(SeededDataset):
         draw = random.numpy
         count = self.config.num_views - 1
         t = sample_coefficients(count, draw) if self.data.views == "random" else np.array([0.0, *self.data.views])
-        batch = build_views(
-            self._image(image_index),
-            np.array([region.box]),
-            t[None],
-            self.config.image_size,
-            exact=self.config.exact_box_rounding,
-        )
+        views: dict[str, np.ndarray] = {}
+        if self.cache is not None:
+            views["tokens"], views["region_boxes"] = self.cache.views(index, t)
+        else:
+            batch = build_views(
+                self._image(image_index),
+                np.array([region.box]),
+                t[None],
+                self.config.image_size,
+                exact=self.config.exact_box_rounding,
+            )
+            views = {"crops": batch.crops[batch.view_index[0]], "region_boxes": batch.region_boxes[0]}
         first = draw.random() < self.data.canonical_caption
         caption = region.captions[0 if first else int(draw.integers(len(region.captions)))]
         return {
-            "crops": batch.crops[batch.view_index[0]],
-            "region_boxes": batch.region_boxes[0],
+            **views,
             "caption": clean_caption(caption),
             "control": control_text(self._controls(region, draw)),
             "tags": self._tag_targets(region),
@@ -265,8 +274,14 @@ class Collate:
         text_ids, text_mask = self.processor.text_ids(captions)
         caption_ids, caption_mask = self.processor.language_ids(captions)
         control_ids, control_mask = self.processor.language_ids([sample["control"] for sample in samples])
+        if "tokens" in samples[0]:
+            tokens = np.concatenate([sample["tokens"] for sample in samples])
+            views = {"view_tokens": torch.from_numpy(tokens).float()}
+        else:
+            crops = np.concatenate([sample["crops"] for sample in samples])
+            views = {"pixel_values": self.processor.pixel_values(crops)}
         return {
-            "pixel_values": self.processor.pixel_values(np.concatenate([sample["crops"] for sample in samples])),
+            **views,
             "region_boxes": torch.from_numpy(np.stack([sample["region_boxes"] for sample in samples])),
             "tag_embeds": self.tag_embeds,
             "tag_targets": torch.stack([sample["tags"] for sample in samples]),
@@ -328,14 +343,18 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
     vocabulary = dataset_vocabulary(dataset, str(recipe.data.root))
     processor = DynReferProcessor(
         vocabulary,
-        AutoTokenizer.from_pretrained(find_checkpoint(recipe.model.base_models["text"])),
-        AutoTokenizer.from_pretrained(find_checkpoint(recipe.model.base_models["language"])),
+        load_tokenizer(find_checkpoint(recipe.model.base_models["text"])),
+        load_tokenizer(find_checkpoint(recipe.model.base_models["language"])),
         image_mean=model.vision_tower.mean,
         image_std=model.vision_tower.std,
     )
     prompts = [*vocabulary.prompts, *(CLASS_TEMPLATE.format(name.lower()) for name in vocabulary.classes)]
     tag_embeds = model.encode_text(*processor.text_ids(vocabulary.tags))
     prompt_embeds = model.encode_text(*processor.text_ids(prompts))
+
+    cache = None
+    if recipe.data.cache_views is not None:
+        cache = ViewCache.open(recipe.data.cache_views, dataset, index, model, processor)
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -347,7 +366,7 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
 
     return TrainingTask(
         model=model,
-        train_dataset=RegionDataset(dataset, index, config, vocabulary, recipe.data),
+        train_dataset=RegionDataset(dataset, index, config, vocabulary, recipe.data, cache),
         collate=Collate(processor, tag_embeds, prompt_embeds),
         save=save,
         after_training=after_training,

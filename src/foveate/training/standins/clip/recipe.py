@@ -2,8 +2,9 @@
 
 The contrast of crops and captions (Radford et al. 2021) alone would need more pictures than a laptop can look at, so
 objectives on the tokens of `dense_layer` help, all free in a rendered world; their heads are thrown away: each patch
-names the object under it (category, attributes) and what that object's caption relates it to, points to the boxes of
-both, and the class token says which categories are where. What is kept is a plain CLIP checkpoint.
+names the object under it (category, attributes), what that object's caption relates it to, and what is next on each of
+its four sides, it points to the boxes of its object and of the related one, and the class token says which categories
+are where. What is kept is a plain CLIP checkpoint.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class CropDataset(SeededDataset):
         draw = random.numpy
         image, instance = self.scenes.images[scene], self.scenes.instances[scene][number]
         # Most crops show the object and what is beside it; in wider ones most things are smaller than a patch.
-        t = 0.0 if draw.random() < 0.2 else float(draw.integers(1, 11 if draw.random() < 0.3 else 7)) / 10
+        t = 0.0 if draw.random() < 0.1 else float(draw.integers(1, 11 if draw.random() < 0.3 else 7)) / 10
         side = image.shape[0]
         box = np.array(instance.box) + t * (np.array([0, 0, side, side]) - np.array(instance.box))
         x0, y0, x1, y1 = (int(value) for value in box)
@@ -199,6 +200,7 @@ class ClipPretraining(nn.Module):
         self.counts = [len(category_names()) + 1, len(attribute_vocabulary()), len(relation_predicates()) + 1]
         self.counts += [len(category_names()), len(colour_names())]
         self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.counts)))
+        self.side_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * self.counts[0]))
         self.box_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 8))
         self.layout_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 16 * len(category_names())))
 
@@ -242,12 +244,15 @@ class ClipPretraining(nn.Module):
             asked = wanted[:, 0].masked_fill(~related.flatten(), -1)
             count = (asked >= 0).sum().clamp(min=1)
             losses[name] = F.cross_entropy(logits, asked, ignore_index=-1, reduction="sum") / count
+        grid = self.sizes.image_size // self.sizes.patch_size
+        beside = self.labels[_next_on_each_side(labels.view(-1, grid, grid)).flatten(2)][..., 0]  # (B, 4, g*g)
+        sides = self.side_head(hidden[:, 1:]).float().unflatten(2, (4, -1)).transpose(1, 2)
+        losses["sides"] = 2 * F.cross_entropy(sides.flatten(0, 2), beside.flatten())
         pointed = self.box_head(hidden[:, 1:]).float()
         there = ~boxes.isnan()
         distance = (pointed - boxes.nan_to_num().clamp(-1.5, 1.5)).abs()
         losses["boxes"] = 4 * (distance * there).sum() / there.sum().clamp(min=1)
         # The class token tells where things are: which categories stand in each cell of a 4 x 4 grid.
-        grid = self.sizes.image_size // self.sizes.patch_size
         cells = torch.arange(grid) * 4 // grid
         cell = (cells[:, None] * 4 + cells).flatten().expand(len(labels), -1)
         names = category.view(len(labels), -1)
@@ -256,6 +261,21 @@ class ClipPretraining(nn.Module):
         logits = self.layout_head(hidden[:, 0]).float().view(len(labels), 16, -1)
         losses["layout"] = 10 * F.binary_cross_entropy_with_logits(logits, layout[..., 1:])
         return losses
+
+
+def _next_on_each_side(rows: Tensor) -> Tensor:
+    """(B, g, g) objects, 0: none -> (B, 4, g, g) the next other object to the left, above, to the right, below."""
+    found = []
+    for turns in range(4):
+        turned = torch.rot90(rows, turns, (1, 2))  # what was above is now to the left
+        out = torch.zeros_like(turned)
+        for column in range(1, turned.shape[2]):
+            for other in range(column - 1, -1, -1):
+                seen = turned[..., other]
+                take = (out[..., column] == 0) & (seen != 0) & (seen != turned[..., column])
+                out[..., column] = torch.where(take, seen, out[..., column])
+        found.append(torch.rot90(out, -turns, (1, 2)))
+    return torch.stack(found, dim=1)
 
 
 @torch.no_grad()
