@@ -242,7 +242,7 @@ def test_relations_hold_between_describable_objects() -> None:
                 assert relation.object_index != index
                 assert other.describable
                 longer = max(instance.box[2] - instance.box[0], instance.box[3] - instance.box[1])
-                assert box_gap(instance.box, other.box) <= 2 * longer
+                assert box_gap(instance.box, other.box) <= longer
                 if relation.predicate in ("in front of", "behind"):
                     # Back to front is the order of the list, and the one behind has lost pixels.
                     in_front = relation.predicate == "in front of"
@@ -253,9 +253,25 @@ def test_relations_hold_between_describable_objects() -> None:
     assert seen == set(relation_predicates())
 
 
-def test_half_of_the_described_objects_have_a_relation() -> None:
+def test_most_described_objects_have_a_relation() -> None:
     described = [item for scene in sample() for item in scene.instances if item.describable]
-    assert sum(bool(item.relations) for item in described) >= 0.5 * len(described)
+    assert sum(bool(item.relations) for item in described) >= 0.75 * len(described)
+
+
+def test_most_objects_stand_in_pairs() -> None:
+    """What an object relates to mostly relates back to it, in the opposite words."""
+    opposite = {"to the left of": "to the right of", "above": "below", "in front of": "behind"}
+    opposite |= {value: key for key, value in opposite.items()}
+    both = total = 0
+    for scene in sample():
+        for index, instance in enumerate(scene.instances):
+            for relation in instance.relations:
+                total += 1
+                back = scene.instances[relation.object_index].relations
+                if back and back[0].object_index == index:
+                    both += 1
+                    assert back[0].predicate == opposite[relation.predicate]
+    assert both >= 0.7 * total
 
 
 def test_scene_captions_name_visible_things() -> None:

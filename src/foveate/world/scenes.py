@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,8 @@ __all__ = [
 
 MIN_SIDE, MAX_SIDE = 32, 4096
 _VISIBLE, _DESCRIBABLE_SHARE, _DESCRIBABLE_PIXELS = 0.6, 0.07, 14
-_OCCLUDES = 0.04
-_MAX_COVER = 0.35
+_OCCLUDES, _TOUCHES = 0.04, 0.005
+_MAX_COVER = 0.45
 """Largest share of an object's box that a later object's box may cover."""
 
 
@@ -144,7 +144,7 @@ def render_scene(seed: int, size: int | tuple[int, int] = 256, objects: tuple[in
     seen = [k for k, instance in enumerate(instances) if instance is not None]
     scene = Scene(seed, image, background, [instance for instance in instances if instance is not None])
     shares = hidden / np.maximum(areas, 1)
-    _relate(scene.instances, [placed[k].box for k in seen], shares[np.ix_(seen, seen)])
+    _relate(scene.instances, shares[np.ix_(seen, seen)])
     _say(scene, draw)
     return scene
 
@@ -175,20 +175,55 @@ def render_scenes(
 
 
 def _place_objects(draw: np.random.Generator, image: np.ndarray, count: int) -> list[_Placed]:
-    height, width = image.shape[:2]
+    """Mostly pairs: what an object stands beside is plain, and other things are farther away."""
     placed: list[_Placed] = []
+    pairs: list[tuple[int, int]] = []
     for _ in range(count):
-        for _ in range(12):
-            item = _propose(draw, image, placed, width, height)
-            if item is not None and all(_cover(item.box, other.box) <= _MAX_COVER for other in placed):
-                placed.append(item)
+        for _ in range(6):
+            item = _draw_object(draw, placed, image.shape[1], image.shape[0])
+            if item is not None and _find_place(draw, image, item, placed, pairs):
                 break
     return placed
 
 
-def _propose(
-    draw: np.random.Generator, image: np.ndarray, placed: list[_Placed], width: int, height: int
-) -> _Placed | None:
+def _find_place(
+    draw: np.random.Generator, image: np.ndarray, item: _Placed, placed: list[_Placed], pairs: list[tuple[int, int]]
+) -> bool:
+    """Move the item to a place and list it; False if four tries gave none."""
+    height, width = image.shape[:2]
+    w, h = item.box[2], item.box[3]
+    lone = [k for k, each in enumerate(placed) if each.size.name != "tiny" and all(k not in pair for pair in pairs)]
+    for _ in range(4):
+        beside = lone[int(draw.integers(len(lone)))] if lone and draw.random() < 0.9 else None
+        x, y = _position(draw, item.category, None if beside is None else placed[beside].box, w, h, width, height)
+        if not (0 <= x <= width - w and 0 <= y <= height - h):
+            continue
+        box = (x, y, x + w, y + h)
+        if any(_cover(box, other.box) > _MAX_COVER for other in placed):
+            continue
+        local = image[y : y + h, x : x + w].reshape(-1, 3)[:: max(1, w * h // 64)].mean(axis=0)
+        if np.abs(local - np.array(item.look.rgb)).sum() < 90:
+            continue
+        there = [*placed, replace(item, box=box)]
+        paired = pairs if beside is None or item.size.name == "tiny" else [*pairs, (beside, len(placed))]
+        if _pairs_stay_clear(there, paired):
+            placed[:], pairs[:] = there, paired
+            return True
+    return False
+
+
+def _pairs_stay_clear(placed: Sequence[_Placed], pairs: Sequence[tuple[int, int]]) -> bool:
+    """Whether both of each pair are much nearer to each other than to any third object."""
+    large = [k for k, item in enumerate(placed) if item.size.name != "tiny"]
+    for pair in pairs:
+        limit = 1.4 * _nearness(placed[pair[0]].box, placed[pair[1]].box)
+        if any(_nearness(placed[one].box, placed[k].box) < limit for one in pair for k in large if k not in pair):
+            return False
+    return True
+
+
+def _draw_object(draw: np.random.Generator, placed: Sequence[_Placed], width: int, height: int) -> _Placed | None:
+    """An object with its top left corner at the origin; None if it is larger than the image."""
     names = category_names()
     category = names[int(draw.integers(len(names)))]
     size = _draw_size(draw, crowded=sum(item.size.low >= 0.38 for item in placed) > 0)
@@ -211,13 +246,7 @@ def _propose(
     w, h = max(3, round(w)), max(3, round(h))
     if w >= width or h >= height:
         return None
-    x, y = _position(draw, category, placed, w, h, width, height)
-    if not (0 <= x <= width - w and 0 <= y <= height - h):
-        return None
-    local = image[y : y + h, x : x + w].reshape(-1, 3)[:: max(1, w * h // 64)].mean(axis=0)
-    if np.abs(local - np.array(look.rgb)).sum() < 90:
-        return None
-    return _Placed(category, attributes, look, size, (x, y, x + w, y + h))
+    return _Placed(category, attributes, look, size, (0, 0, w, h))
 
 
 def _draw_size(draw: np.random.Generator, *, crowded: bool) -> SizeClass:
@@ -247,20 +276,26 @@ def _look(draw: np.random.Generator, category: str, attributes: dict[str, str]) 
 
 
 def _position(
-    draw: np.random.Generator, category: str, placed: Sequence[_Placed], w: int, h: int, width: int, height: int
+    draw: np.random.Generator,
+    category: str,
+    beside: tuple[int, int, int, int] | None,
+    w: int,
+    h: int,
+    width: int,
+    height: int,
 ) -> tuple[int, int]:
-    """Mostly beside an earlier object, so that there are relations to speak of; else where such things are found."""
-    if placed and draw.random() < 0.85:
-        x0, y0, x1, y1 = placed[int(draw.integers(len(placed)))].box
+    """Beside or in front of an earlier object's box, or where such things are found."""
+    if beside is not None:
+        x0, y0, x1, y1 = beside
         near = min(max(w, h), max(x1 - x0, y1 - y0))
-        gap = draw.uniform(-0.3, 0.6) * near
+        gap = (draw.uniform(-0.42, -0.28) if draw.random() < 0.35 else draw.uniform(0.02, 0.4)) * near
         side = int(draw.integers(4))
         if side < 2:  # left, right: the centres nearly level
             x = x0 - gap - w if side == 0 else x1 + gap
-            y = (y0 + y1 - h) / 2 + draw.uniform(-0.3, 0.3) * near
+            y = (y0 + y1 - h) / 2 + draw.uniform(-0.25, 0.25) * near
         else:  # above, below
             y = y0 - gap - h if side == 2 else y1 + gap
-            x = (x0 + x1 - w) / 2 + draw.uniform(-0.3, 0.3) * near
+            x = (x0 + x1 - w) / 2 + draw.uniform(-0.25, 0.25) * near
         return round(x), round(y)
     place = categories()[category].place if draw.random() < 0.5 else "anywhere"
     x = draw.integers(0, width - w)
@@ -351,7 +386,7 @@ def box_gap(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.hypot(dx, dy))
 
 
-def _relate(instances: list[Instance], full_boxes: list[tuple[int, int, int, int]], hidden: np.ndarray) -> None:
+def _relate(instances: list[Instance], hidden: np.ndarray) -> None:
     """Give each describable instance its relation to the nearest other one, where there is no doubt about either.
 
     `hidden[front, back]` is the share of `back` that `front` covers; from 4% on, one is in front of the other.
@@ -366,13 +401,13 @@ def _relate(instances: list[Instance], full_boxes: list[tuple[int, int, int, int
         if len(nearness) > 1 and nearness[1][0] < 1.2 * distance:
             continue
         longer = max(box[2] - box[0], box[3] - box[1])
-        if box_gap(box, instances[j].box) > 2 * longer:
+        if box_gap(box, instances[j].box) > longer:
             continue
-        overlap = _cover(full_boxes[k], full_boxes[j])
-        if max(hidden[k, j], hidden[j, k]) >= _OCCLUDES:
+        share = max(hidden[k, j], hidden[j, k])
+        if share >= _OCCLUDES:
             predicate = "in front of" if k > j else "behind"
-        elif overlap > 0.1:
-            continue  # boxes overlap but nothing is hidden: neither beside nor in front
+        elif share > _TOUCHES:
+            continue  # a little is hidden: neither beside nor in front
         else:
             found = relation_between(box, instances[j].box)
             if found is None:

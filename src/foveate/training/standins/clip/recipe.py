@@ -108,7 +108,7 @@ class CropDataset(SeededDataset):
         draw = random.numpy
         image, instance = self.scenes.images[scene], self.scenes.instances[scene][number]
         # Most crops show the object and what is beside it; in wider ones most things are smaller than a patch.
-        t = 0.0 if draw.random() < 0.1 else float(draw.integers(1, 11 if draw.random() < 0.3 else 7)) / 10
+        t = 0.0 if draw.random() < 0.15 else float(draw.integers(1, 11 if draw.random() < 0.25 else 6)) / 10
         side = image.shape[0]
         box = np.array(instance.box) + t * (np.array([0, 0, side, side]) - np.array(instance.box))
         x0, y0, x1, y1 = (int(value) for value in box)
