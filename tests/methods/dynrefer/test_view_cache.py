@@ -43,7 +43,7 @@ INDEX = [(0, 0), (0, 1), (1, 0)]
 def test_cached_views_give_the_losses_of_fresh_ones(
     images: Any, tmp_path: Path, tiny_model: DynReferModel, processor: DynReferProcessor
 ) -> None:
-    cache = ViewCache.open(tmp_path / "views", images, INDEX, tiny_model, processor)
+    cache = ViewCache.open(tmp_path / "views", images, INDEX, tiny_model)
     config: Any = tiny_model.config
     data = TrainingData.model_validate({"root": tmp_path})
     plain = RegionDataset(images, INDEX, config, processor.vocabulary, data)
@@ -53,51 +53,46 @@ def test_cached_views_give_the_losses_of_fresh_ones(
         *processor.text_ids([*processor.vocabulary.prompts, *processor.vocabulary.classes])
     )
     collate = Collate(processor, embeds, prompts)
-    keys = [SampleKey(4, 2, row) for row in range(3)]
+    collate_cached = Collate(processor, embeds, prompts, cache, tiny_model)
     tiny_model.eval()
-    with torch.no_grad():
-        fresh: Any = collate([plain[key] for key in keys])
-        kept: Any = collate([cached[key] for key in keys])
-        assert "pixel_values" not in kept
-        torch.testing.assert_close(kept["region_boxes"], fresh["region_boxes"], rtol=0, atol=0)
-        tokens = tiny_model.encode_views(fresh["pixel_values"])
-        torch.testing.assert_close(kept["view_tokens"], tokens, rtol=2e-3, atol=2e-3)
-        a, b = tiny_model(**fresh), tiny_model(**kept)
-    assert a.losses.keys() == b.losses.keys()
-    for name, loss in a.losses.items():
-        torch.testing.assert_close(b.losses[name], loss, rtol=2e-3, atol=2e-3)
+    for epoch in (2, 2, 3):  # unknown, known, some of both
+        keys = [SampleKey(4, epoch, row) for row in range(3)]
+        with torch.no_grad():
+            fresh: Any = collate([plain[key] for key in keys])
+            kept: Any = collate_cached([cached[key] for key in keys])
+            assert "pixel_values" not in kept
+            torch.testing.assert_close(kept["region_boxes"], fresh["region_boxes"], rtol=0, atol=0)
+            tokens = tiny_model.encode_views(fresh["pixel_values"])
+            torch.testing.assert_close(kept["view_tokens"], tokens, rtol=2e-3, atol=2e-3)
+            a, b = tiny_model(**fresh), tiny_model(**kept)
+        assert a.losses.keys() == b.losses.keys()
+        for name, loss in a.losses.items():
+            torch.testing.assert_close(b.losses[name], loss, rtol=2e-3, atol=2e-3)
+        again = [cached[key] for key in keys]
+        assert not any(sample["unknown"].any() or len(sample["crops"]) for sample in again)
     with pytest.raises(ValueError, match="either pixel_values or view_tokens"):
         tiny_model(region_boxes=fresh["region_boxes"])
 
 
-def test_a_cache_is_filled_once_for_each_tower_and_list(
+def test_there_is_one_cache_for_each_tower_and_list(
     images: Any, tmp_path: Path, tiny_model: DynReferModel, processor: DynReferProcessor
 ) -> None:
     folder = tmp_path / "views"
-    first = ViewCache.open(folder, images, INDEX, tiny_model, processor)
-    (made,) = folder.iterdir()
-    stamp = (made / "tokens.npy").stat().st_mtime_ns
-    ViewCache.open(folder, images, INDEX, tiny_model, processor)
-    assert [path.name for path in folder.iterdir()] == [made.name]
-    assert (made / "tokens.npy").stat().st_mtime_ns == stamp
-    ViewCache.open(folder, images, INDEX[:2], tiny_model, processor)
-    assert len(list(folder.iterdir())) == 2
+    first = ViewCache.open(folder, images, INDEX, tiny_model)
+    first.tokens[1, 3] = 1
+    again = ViewCache.open(folder, images, INDEX, tiny_model)
+    assert again.known(1, np.array([0, 3, 4])).tolist() == [False, True, False]
+    assert ViewCache.open(folder, images, INDEX[:2], tiny_model).tokens.shape == (2, 11, 17, 32)
     with torch.no_grad():
         next(tiny_model.vision_tower.parameters()).add_(1)
-    other = ViewCache.open(folder, images, INDEX, tiny_model, processor)
+    other = ViewCache.open(folder, images, INDEX, tiny_model)
     with torch.no_grad():
         next(tiny_model.vision_tower.parameters()).sub_(1)
+    assert not other.tokens.any()
     assert len(list(folder.iterdir())) == 3
-    assert not np.array_equal(first.tokens, other.tokens)
 
 
-def test_only_views_of_the_candidates_are_cached(
-    images: Any, tmp_path: Path, tiny_model: DynReferModel, processor: DynReferProcessor
-) -> None:
-    cache = ViewCache.open(tmp_path / "views", images, INDEX, tiny_model, processor)
-    tokens, boxes = cache.views(2, np.array([0.0, 1.0, 0.3]))
-    assert tokens.shape == (3, 17, 32)
-    np.testing.assert_array_equal(tokens[1], cache.tokens[2, 10])
-    np.testing.assert_array_equal(boxes[2], cache.region_boxes[2, 3])
+def test_only_views_of_the_candidates_are_cached() -> None:
+    assert ViewCache.columns(np.array([0.0, 1.0, 0.3])).tolist() == [0, 10, 3]
     with pytest.raises(RecipeError, match=r"0\.25"):
-        cache.views(0, np.array([0.0, 0.25]))
+        ViewCache.columns(np.array([0.0, 0.25]))

@@ -44,7 +44,7 @@ from .predictor import TASKS, DynReferPredictor
 from .processing import CLASS_TEMPLATE, DynReferProcessor, Vocabulary, control_text
 from .results import Region
 from .view_cache import ViewCache
-from .views import build_views, sample_coefficients
+from .views import boxes_in_views, build_views, crop_view, interpolate_boxes, pixel_boxes, sample_coefficients
 
 log = logging.getLogger(__name__)
 
@@ -216,18 +216,7 @@ class RegionDataset(SeededDataset):
         draw = random.numpy
         count = self.config.num_views - 1
         t = sample_coefficients(count, draw) if self.data.views == "random" else np.array([0.0, *self.data.views])
-        views: dict[str, np.ndarray] = {}
-        if self.cache is not None:
-            views["tokens"], views["region_boxes"] = self.cache.views(index, t)
-        else:
-            batch = build_views(
-                self._image(image_index),
-                np.array([region.box]),
-                t[None],
-                self.config.image_size,
-                exact=self.config.exact_box_rounding,
-            )
-            views = {"crops": batch.crops[batch.view_index[0]], "region_boxes": batch.region_boxes[0]}
+        views = self._views(index, t)
         first = draw.random() < self.data.canonical_caption
         caption = region.captions[0 if first else int(draw.integers(len(region.captions)))]
         return {
@@ -236,6 +225,28 @@ class RegionDataset(SeededDataset):
             "control": control_text(self._controls(region, draw)),
             "tags": self._tag_targets(region),
             "prompts": self.prompt_labels(region),
+        }
+
+    def _views(self, index: int, coefficients: np.ndarray) -> dict[str, np.ndarray]:
+        """The region in each view, and the crops: with a cache, of those views only whose tokens are not known."""
+        image_index, number = self.index[index]
+        box = np.array([self.dataset[image_index].regions[number].box])
+        size, exact = self.config.image_size, self.config.exact_box_rounding
+        if self.cache is None:
+            batch = build_views(self._image(image_index), box, coefficients[None], size, exact=exact)
+            return {"crops": batch.crops[batch.view_index[0]], "region_boxes": batch.region_boxes[0]}
+        columns = self.cache.columns(coefficients)
+        unknown = ~self.cache.known(index, columns)
+        image = self._image(image_index)
+        view_boxes = pixel_boxes(interpolate_boxes(box, coefficients, *image.size), *image.size)
+        region_boxes = boxes_in_views(pixel_boxes(box, *image.size), view_boxes, size, exact=exact)[0]
+        crops = [crop_view(image, view, size) for view in view_boxes[0][unknown]]
+        return {
+            "region_boxes": region_boxes,
+            "row": np.array(index),
+            "columns": columns,
+            "unknown": unknown,
+            "crops": np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8),
         }
 
     def _controls(self, region: RegionSample, draw: np.random.Generator) -> list[str]:
@@ -266,22 +277,38 @@ class RegionDataset(SeededDataset):
 class Collate:
     """Samples -> the keywords of `DynReferModel.forward`."""
 
-    def __init__(self, processor: DynReferProcessor, tag_embeds: Tensor, prompt_embeds: Tensor) -> None:
+    def __init__(
+        self,
+        processor: DynReferProcessor,
+        tag_embeds: Tensor,
+        prompt_embeds: Tensor,
+        cache: ViewCache | None = None,
+        model: DynReferModel | None = None,
+    ) -> None:
         self.processor, self.tag_embeds, self.prompt_embeds = processor, tag_embeds, prompt_embeds
+        self.cache, self.model = cache, model
+
+    def _views(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pixels = self.processor.pixel_values(np.concatenate([sample["crops"] for sample in samples]))
+        if self.cache is None or self.model is None:
+            return {"pixel_values": pixels}
+        rows = np.repeat([sample["row"] for sample in samples], [len(sample["columns"]) for sample in samples])
+        columns = np.concatenate([sample["columns"] for sample in samples])
+        unknown = np.concatenate([sample["unknown"] for sample in samples])
+        if unknown.any():
+            weight = next(self.model.vision_tower.parameters())
+            with torch.no_grad():
+                tokens = self.model.encode_views(pixels.to(weight.device, weight.dtype))
+            self.cache.tokens[rows[unknown], columns[unknown]] = tokens.half().cpu().numpy()
+        return {"view_tokens": torch.from_numpy(self.cache.tokens[rows, columns]).float()}
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         captions = [sample["caption"] for sample in samples]
         text_ids, text_mask = self.processor.text_ids(captions)
         caption_ids, caption_mask = self.processor.language_ids(captions)
         control_ids, control_mask = self.processor.language_ids([sample["control"] for sample in samples])
-        if "tokens" in samples[0]:
-            tokens = np.concatenate([sample["tokens"] for sample in samples])
-            views = {"view_tokens": torch.from_numpy(tokens).float()}
-        else:
-            crops = np.concatenate([sample["crops"] for sample in samples])
-            views = {"pixel_values": self.processor.pixel_values(crops)}
         return {
-            **views,
+            **self._views(samples),
             "region_boxes": torch.from_numpy(np.stack([sample["region_boxes"] for sample in samples])),
             "tag_embeds": self.tag_embeds,
             "tag_targets": torch.stack([sample["tags"] for sample in samples]),
@@ -354,7 +381,9 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
 
     cache = None
     if recipe.data.cache_views is not None:
-        cache = ViewCache.open(recipe.data.cache_views, dataset, index, model, processor)
+        if recipe.training.workers:
+            raise RecipeError("data.cache_views works in the training process itself; set training.workers to 0")
+        cache = ViewCache.open(recipe.data.cache_views, dataset, index, model)
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -367,7 +396,7 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
     return TrainingTask(
         model=model,
         train_dataset=RegionDataset(dataset, index, config, vocabulary, recipe.data, cache),
-        collate=Collate(processor, tag_embeds, prompt_embeds),
+        collate=Collate(processor, tag_embeds, prompt_embeds, cache, model),
         save=save,
         after_training=after_training,
         save_frozen=False,
