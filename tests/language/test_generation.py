@@ -157,6 +157,7 @@ class TestSearch:
         )
         assert torch.equal(output.sequences, plain.sequences)
         torch.testing.assert_close(output.scores, plain.sequences_scores.exp())
+        torch.testing.assert_close(output.log_scores, plain.sequences_scores)
 
     @torch.no_grad()
     def test_greedy_equals_plain_generate_and_length_penalty_divides(self, case: Any) -> None:

@@ -277,6 +277,19 @@ def test_save_and_after_training_hooks(tiny, tmp_path):
     assert (tmp_path / "calibration.txt").read_text() == "done"
 
 
+def test_weights_are_kept_when_what_follows_training_fails(tiny, tmp_path):
+    task = tiny.make_task()
+
+    def fail(model: nn.Module, output: Path) -> None:
+        raise RecipeError("no data to calibrate on")
+
+    save = lambda folder: torch.save(task.model.state_dict(), folder / "weights.pt")  # noqa: E731
+    with pytest.raises(RecipeError, match="no data"):
+        run(replace(task, save=save, after_training=fail), tiny.make_settings(max_steps=1), tmp_path, 0)
+    kept = torch.load(tmp_path / "checkpoint/weights.pt")
+    assert all(torch.equal(kept[key], value) for key, value in task.model.state_dict().items())
+
+
 def test_a_hugging_face_model_is_saved_with_its_config_unchanged(tiny, tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 

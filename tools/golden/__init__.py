@@ -78,9 +78,12 @@ class GoldenFolder:
             raise InputError(f"there is no folder {folder}; give one in the layout of the golden data.")
         self.folder = folder
         self.files: dict[str, Tracked] = {}
+        self.foreign: list[str] = []  # what no check knows how to read
         for path in sorted(folder.iterdir()):
             if path.suffix in (".safetensors", ".npz", ".json"):
                 self.files[path.name] = Tracked(_load(path), path.name)
+            elif path.suffix not in (".md", ".txt"):
+                self.foreign.append(path.name)
         if not self.files:
             raise InputError(f"the folder {folder} holds no .safetensors, .npz or .json file.")
 
@@ -106,7 +109,8 @@ class GoldenFolder:
 
     def unread(self) -> list[str]:
         """`file: array` of everything that no check read; settings are apart, see `unread_settings`."""
-        return [f"{name}: {key}" for name, file in self.files.items() if name != CONFIG for key in _unread(file, "")]
+        unread = [f"{name}: {key}" for name, file in self.files.items() if name != CONFIG for key in _unread(file, "")]
+        return [*unread, *self.foreign]
 
     def unread_settings(self) -> list[str]:
         return list(_unread(self.files[CONFIG], "")) if CONFIG in self.files else []
@@ -115,7 +119,10 @@ class GoldenFolder:
 def _load(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            # Half and double arrays are compared in single precision: the model computes in it.
+            return {
+                key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()
+            }
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)

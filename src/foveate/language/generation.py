@@ -27,10 +27,12 @@ class GeneratedSequences:
         sequences: (B, T) token ids, padded; those of an encoder-decoder begin with its start token.
         scores: (B,) float32, exp of the sequence score: sum of the log-probabilities of the generated tokens (end token
             included, after repetition penalty) divided by their number to the power of `length_penalty`.
+        log_scores: (B,) float32, the sequence scores themselves, which no length turns into 0.
     """
 
     sequences: Tensor
     scores: Tensor
+    log_scores: Tensor
 
 
 class FiniteLogits(LogitsProcessor):
@@ -140,12 +142,12 @@ def generate_finite(
         logits_processor=processors,
     )
     log_scores = _greedy_scores(model, output, length_penalty) if greedy else output.sequences_scores
-    scores = log_scores.float().exp()
-    if not torch.isfinite(scores).all():
+    log_scores = log_scores.float()
+    if not torch.isfinite(log_scores).all():
         raise CheckpointError(
             f"The language model gives non-finite sequence scores ({FiniteLogits(model).description})."
         )
-    return GeneratedSequences(output.sequences, scores)
+    return GeneratedSequences(output.sequences, log_scores.exp(), log_scores)
 
 
 def _greedy_scores(model: Any, output: Any, length_penalty: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from foveate.errors import InputError
 
 # Up to this many cells a map is sampled by a dense (cells x cells) matrix product, which beats gathering.
-_DENSE_CELLS = 576
+_DENSE_CELLS = 1024
 
 
 def deform_sample(value: Tensor, offset_mask: Tensor, groups: int, kernel_size: int = 3) -> Tensor:

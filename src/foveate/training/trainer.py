@@ -49,8 +49,8 @@ class TrainingTask:
         train_dataset: map-style, best a `SeededDataset`; or an endless iterable one.
         collate: list of samples -> dict of tensors; torch's default collation where None.
         save: writes the finished model (and its processor) into a folder; `save_pretrained` where None.
-        after_training: called once, in the main process, with the trained model in eval mode and the output folder,
-            before the model is saved: what it changes in the model (a calibration, say) is saved too.
+        after_training: called once, in the main process, with the trained and saved model in eval mode and the output
+            folder; the model is saved again after it, with what it changed (a calibration, say).
         parameter_groups: model -> AdamW parameter groups, in place of `parameter_groups(model, weight_decay)`.
         save_frozen: False leaves frozen parameters out of the checkpoints to resume from, where building the task
             again gives them anyway. Keep True if something else than the optimiser changes them (a moving average).
@@ -208,6 +208,8 @@ def run(
     if arguments.process_index == 0:
         model.eval()
         if task.after_training is not None:
+            _check_finite_parameters(model, trainer)
+            _save_model(task, result.checkpoint)  # what was trained stays, should the next step fail
             task.after_training(model, output)
         _check_finite_parameters(model, trainer)
         _save_model(task, result.checkpoint)

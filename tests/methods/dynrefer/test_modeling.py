@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -525,11 +526,38 @@ class TestConversion:
         ({"align_groups": 5}, "width 32 is not divisible by align_groups 5"),
         ({"head_size": 10}, "head_size 10 is not divisible by 4 heads"),
         ({"base_models": {"sound": "x"}}, "unknown parts: sound"),
+        ({"num_views": 2, "view_policy": {"tags": [0.1, 0.2, 0.3]}}, "gives 3 t's for tags, but 2 views need 1"),
+        (
+            {
+                "vision_config": {
+                    "model_type": "siglip_vision_model",
+                    "hidden_size": 32,
+                    "num_attention_heads": 2,
+                    "image_size": 56,
+                    "patch_size": 14,
+                }
+            },
+            "siglip_vision_model tower has no class token",
+        ),
     ],
 )
 def test_configuration_checks_itself(make_model: Build, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model(fresh=True, **change)
+
+
+@pytest.mark.parametrize(
+    ("views", "policy"), [(1, {"tags": [], "caption": []}), (2, {"tags": [0.3], "attributes": [0.1]}), (4, {})]
+)
+def test_the_view_policy_fits_the_number_of_views(
+    make_model: Build, processor: DynReferProcessor, views: int, policy: dict[str, list[float]]
+) -> None:
+    model = make_model(num_views=views)
+    assert policy.items() <= model.config.view_policy.items() if policy else model.config.view_policy == {}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    region: Any = DynReferPredictor(model, processor)(image, boxes=[[5, 5, 30, 30]], tasks=("tags", "category"))[0]
+    assert {view.t for view in region.views} >= {0.0, *policy.get("tags", [])}
+    assert len(region.tag_scores) == len(processor.vocabulary.tags)
 
 
 def test_configuration_is_plain_json(checkpoint: Path) -> None:

@@ -86,7 +86,10 @@ class DynReferConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         self.is_encoder_decoder = False
-        self.view_policy = self.view_policy or dict(DEFAULT_VIEW_POLICY)
+        if not self.view_policy:  # with more views than the default has t's for, tasks search for theirs
+            context = self.num_views - 1
+            fits = all(len(t) >= context for t in DEFAULT_VIEW_POLICY.values())
+            self.view_policy = {task: t[:context] for task, t in DEFAULT_VIEW_POLICY.items()} if fits else {}
         self.calibration = self.calibration or {}
         self.base_models = self.base_models or {}
         self.generation = {**DEFAULT_GENERATION, **(self.generation or {})}
@@ -105,6 +108,12 @@ class DynReferConfig(PreTrainedConfig):
             raise ValueError(f"the tower's width {width} is not divisible by align_groups {self.align_groups}")
         if self.head_size % self.head_num_attention_heads:
             raise ValueError(f"head_size {self.head_size} is not divisible by {self.head_num_attention_heads} heads")
+        for task, coefficients in self.view_policy.items():
+            if len(coefficients) not in (self.num_views - 1, self.num_views):
+                raise ValueError(
+                    f"view_policy gives {len(coefficients)} t's for {task}, but {self.num_views} views need "
+                    f"{self.num_views - 1}"
+                )
         unknown = set(self.base_models) - {"vision", "text", "language"}
         if unknown:
             raise ValueError(f"base_models names unknown parts: {', '.join(sorted(unknown))}")

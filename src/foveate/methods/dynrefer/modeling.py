@@ -178,6 +178,8 @@ class DynReferModel(DynReferPreTrainedModel):
 
         # For BLIP-2's tower the official frozen `ln_vision` is the tower's own final norm.
         self.vision_tower = build_tower(config.vision_config)
+        if not self.vision_tower.has_cls:
+            raise ValueError(f"a {config.vision_config.model_type} tower has no class token, which the views need")
         self.text_encoder = CLIPTextModelWithProjection(config.text_config)
         self.language_model = AutoModelForSeq2SeqLM.from_config(config.language_config)
 
@@ -327,7 +329,7 @@ class DynReferModel(DynReferPreTrainedModel):
         maps = rearrange(tokens[:, 1:], "b (h w) c -> b c h w", h=grid)
         aligned = roi_align(
             maps,
-            region_boxes.reshape(-1, 4).to(maps.dtype),
+            region_boxes.reshape(-1, 4),
             output_size=(grid, grid),
             spatial_scale=1 / self.config.vision_config.patch_size,
             sampling_ratio=2,

@@ -401,8 +401,8 @@ class DynReferPredictor:
         count = len(query_output)
         out: dict[str, list[dict[str, Any]]] = {}
         tag_lists: list[tuple[str, ...]] = [()] * count
-        # The caption is steered by the predicted tags, unless the caller brought words (spec 4.1 step 7, 4.4 e).
-        if vocabulary.tags and ("tags" in tasks or ("caption" in tasks and not controls)):
+        # The caption is steered by the caller's words and the predicted tags (spec 4.1 step 7).
+        if vocabulary.tags and ("tags" in tasks or "caption" in tasks):
             logits = _finite(model.tag_logits(query_output, self._text_embeds(vocabulary.tags)), "tag")
             raw = torch.sigmoid(logits)
             shown = self._probability("tags", logits)

@@ -108,7 +108,7 @@ class ModelSettings(RecipeSection):
     view_policy: dict[str, list[float]] | None = None
     exact_box_rounding: bool = True
     proposer: str | None = Field(None, description="region proposer for describing everything")
-    generation: dict[str, float] | None = None
+    generation: dict[str, int | float] | None = None
 
 
 class EvaluationSettings(RecipeSection):
@@ -333,7 +333,7 @@ def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynRef
     if missing:
         raise RecipeError(f"model.base_models must name {', '.join(sorted(missing))} too")
     if settings.init_from is not None:
-        return DynReferModel.from_pretrained(find_checkpoint(settings.init_from))
+        return _continue_from(settings, settings.init_from)
     chosen = settings.model_dump(
         exclude={"init_from", "qformer_width", "qformer_layers", "qformer_heads", "qformer_dropout"}
     )
@@ -345,6 +345,8 @@ def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynRef
     text = getattr(text_config, "text_config", text_config)
     if not isinstance(text, CLIPTextConfig):
         raise RecipeError(f"the text base model must be a CLIP, not {read_config(folders['text']).get('model_type')!r}")
+    if vision_config.model_type == "clip" and text is not text_config:
+        text.projection_dim = text_config.projection_dim  # a whole CLIP projects to the size that it names at the top
     config = DynReferConfig(
         vision_config=getattr(vision_config, "vision_config", vision_config).to_dict(),
         text_config=text.to_dict(),
@@ -362,12 +364,52 @@ def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynRef
     return DynReferModel(config).load_base_models()
 
 
+CHANGEABLE = frozenset(
+    {"tag_loss_weight", "contrast_loss_weight", "caption_loss_weight", "prompt_loss_weight"}
+    | {"tag_threshold", "view_policy", "exact_box_rounding", "proposer", "generation"}
+)
+"""Settings of the recipe that a checkpoint can be given; the others are what its weights were made for."""
+
+
+def _continue_from(settings: ModelSettings, name: str) -> DynReferModel:
+    """The model of a checkpoint with the recipe's own settings, where it gives any.
+
+    Raises:
+        RecipeError: the recipe says a size that is not the checkpoint's.
+    """
+    model = DynReferModel.from_pretrained(find_checkpoint(name))
+    config = model.config
+    for field in settings.model_fields_set - {"init_from", "base_models"}:
+        wanted = getattr(settings, field)
+        if field in CHANGEABLE:
+            if wanted is not None:
+                setattr(config, field, {**config.generation, **wanted} if field == "generation" else wanted)
+            continue
+        part, _, key = field.partition("_")
+        if part == "qformer":
+            names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+            found = getattr(config.qformer_config, names.get(key, "hidden_dropout_prob"))
+        else:
+            found = getattr(config, field)
+        if found != wanted:
+            raise RecipeError(f"model.{field} is {wanted}, but the checkpoint {name} of model.init_from has {found}")
+    return model
+
+
 def build(recipe: DynReferRecipe) -> TrainingTask:
     """Data, model, collation, and the calibration that follows training."""
     dataset, index = open_regions(recipe.data)
     model = build_model(recipe.model)
     config: Any = model.config
-    vocabulary = dataset_vocabulary(dataset, str(recipe.data.root))
+    if recipe.model.init_from is not None:
+        folder = find_checkpoint(recipe.model.init_from)
+        vocabulary = DynReferProcessor.from_pretrained(folder, base_models=config.base_models).vocabulary
+    else:
+        vocabulary = dataset_vocabulary(dataset, str(recipe.data.root))
+    if not vocabulary.tags and config.tag_loss_weight:
+        raise RecipeError(
+            f"{recipe.data.root} gives no tags to learn; its regions need 'tags', or set model.tag_loss_weight to 0"
+        )
     processor = DynReferProcessor(
         vocabulary,
         load_tokenizer(find_checkpoint(recipe.model.base_models["text"])),
@@ -376,8 +418,11 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
         image_std=model.vision_tower.std,
     )
     prompts = [*vocabulary.prompts, *(CLASS_TEMPLATE.format(name.lower()) for name in vocabulary.classes)]
-    tag_embeds = model.encode_text(*processor.text_ids(vocabulary.tags))
-    prompt_embeds = model.encode_text(*processor.text_ids(prompts))
+    width = config.text_config.projection_dim
+    tag_embeds, prompt_embeds = (
+        model.encode_text(*processor.text_ids(texts)) if texts else torch.zeros(0, width)
+        for texts in (vocabulary.tags, prompts)
+    )
 
     cache = None
     if recipe.data.cache_views is not None:

@@ -8,12 +8,14 @@ runs on the same data start with it. A killed run leaves a cache that is whole a
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from foveate.data.dataset import SampleDataset
-from foveate.errors import RecipeError
+from foveate.errors import InputError, RecipeError
 from foveate.files import atomic_folder
 
 from .configuration import CANDIDATE_VIEWS
@@ -47,7 +49,8 @@ class ViewCache:
         if not path.is_dir():
             config = model.config
             shape = (len(index), len(COEFFICIENTS), 1 + config.grid_size**2, config.vision_config.hidden_size)
-            with atomic_folder(path, overwrite=True) as partial:
+            # A process beside this one may be making the same: whoever comes second opens the first one's.
+            with suppress(InputError, OSError), atomic_folder(path) as partial:
                 # A sparse file: the disk holds what has been written.
                 np.lib.format.open_memmap(partial / "tokens.npy", mode="w+", dtype=np.float16, shape=shape)
         return cls(path / "tokens.npy")
@@ -72,9 +75,13 @@ class ViewCache:
 
 def _key(dataset: SampleDataset, index: list[tuple[int, int]], model: DynReferModel) -> str:
     config = model.config
-    digest = hashlib.sha256(f"{config.image_size} {config.vision_layer} {index} {dataset.root.resolve()}".encode())
+    digest = hashlib.sha256(f"{config.image_size} {config.vision_layer} {dataset.root.resolve()}".encode())
     manifest = dataset.root / "dataset.json"
     digest.update(manifest.read_bytes() if manifest.is_file() else b"")
+    for image, pairs in groupby(index, key=lambda pair: pair[0]):
+        sample = dataset[image]
+        digest.update(str(sample.path).encode())
+        digest.update(np.array([sample.regions[number].box for _, number in pairs], np.float64).tobytes())
     for name, value in model.vision_tower.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
