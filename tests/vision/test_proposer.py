@@ -317,10 +317,13 @@ def test_shipped_weights_find_the_objects_of_unseen_scenes() -> None:
 
 def test_shipped_weights_find_the_same_at_another_size() -> None:
     proposer = RegionProposer.from_pretrained("proposer-world")
-    image = Image.fromarray(render_scene(9_500_000).image)
-    boxes, _ = proposer(image)
-    larger, _ = proposer(image.resize((640, 640), Image.Resampling.BICUBIC))
-    overlap = box_iou(torch.from_numpy(boxes), torch.from_numpy(larger) * (256 / 640))
-    best = overlap.amax(1)  # a pixel at either end of the smallest box is a fifth of it
-    assert best.min() > 0.6
-    assert best.mean() > 0.8
+    overlaps = []
+    for seed in range(9_500_000, 9_500_012):
+        image = Image.fromarray(render_scene(seed).image)
+        boxes, _ = proposer(image)
+        larger, _ = proposer(image.resize((640, 640), Image.Resampling.BICUBIC))
+        overlaps.append(box_iou(torch.from_numpy(boxes), torch.from_numpy(larger) * (256 / 640)).amax(1))
+    best = torch.cat(overlaps)
+    # A box whose score lies at the threshold may be listed at one size only.
+    assert (best > 0.5).float().mean() > 0.8
+    assert best.median() > 0.85
