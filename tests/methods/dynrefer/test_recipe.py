@@ -37,6 +37,10 @@ def test_generation_settings_stay_whole_numbers(first: Path) -> None:
     assert region.caption is not None
 
 
+def test_a_checkpoint_does_not_say_where_its_parts_lay(first: Path) -> None:
+    assert '_name_or_path": "/' not in (first / "config.json").read_text()
+
+
 def test_training_goes_on_from_a_checkpoint_with_the_settings_given(first: Path, tmp_path: Path) -> None:
     settings = [*SMALL, *FRESH, f"data.root={first.parents[1] / 'data'}", f"model.init_from={first}"]
     settings += ["training.learning_rate=0", "training.matrix_learning_rate=0", "model.tag_threshold=0.25"]

@@ -358,7 +358,8 @@ def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynRef
             "hidden_dropout_prob": settings.qformer_dropout,
             "attention_probs_dropout_prob": settings.qformer_dropout,
         },
-        language_config=language_config.to_dict(),
+        # Where the parts lay on the machine that trained is nobody's business; `base_models` has their names.
+        language_config=language_config.to_dict() | {"_name_or_path": ""},
         **chosen,
     )
     return DynReferModel(config).load_base_models()
