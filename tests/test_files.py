@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +77,121 @@ def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
     assert path.read_text() == "x"
 
 
+def test_a_name_of_255_bytes_that_are_not_ascii_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("名" * 85)
+    with atomic_write(path) as file:
+        file.write("x")
+    with ResumableLines(path, key="a") as lines:
+        lines.append("y")
+    assert path.read_text() == "y\n"
+    assert names(tmp_path) == [path.name]
+
+
+def test_bytes_of_a_file_name_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    with atomic_write(tmp_path / "text") as file:
+        file.write(name)
+    with ResumableLines(tmp_path / "lines", key=name) as lines:
+        lines.append(name)
+    assert (tmp_path / "text").read_text() == "caf\\udce9.png"
+    assert (tmp_path / "lines").read_text() == "caf\\udce9.png\n"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(tmp_path: Path, there: bool) -> None:
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real/text.txt", tmp_path / "link.txt"
+    if there:
+        target.write_text("old")
+    link.symlink_to("real/text.txt")
+    with atomic_write(link) as file:
+        file.write("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    with ResumableLines(link, key="a") as lines:
+        lines.append("line")
+    assert link.is_symlink()
+    assert target.read_text() == "line\n"
+    assert names(tmp_path / "real") == ["text.txt"]
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for write in (lambda path: atomic_write(path).__enter__(), lambda path: atomic_folder(path).__enter__()):
+        with pytest.raises(InputError, match="leads back to itself"):
+            write(tmp_path / "loop")
+    assert names(tmp_path) == ["loop"]
+
+
+@pytest.mark.parametrize(("mode", "content"), [("w", "größe\n"), ("wb", b"\x00\xff")])
+def test_a_pipe_gets_the_content_and_stays_a_pipe(tmp_path: Path, mode: Any, content: Any) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    with atomic_write(pipe, mode) as file:
+        file.write(content)
+    reader.join(10)
+    assert read == [content.encode() if isinstance(content, str) else content]
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_a_terminal_gets_the_content_only_if_it_is_complete() -> None:
+    main, terminal = os.openpty()
+    name = os.ttyname(terminal)
+    with pytest.raises(ValueError, match="stop"), atomic_write(name) as file:
+        file.write("half")
+        raise ValueError("stop")
+    with atomic_write(name) as file:
+        file.write("whole")
+    assert os.read(main, 100) == b"whole"
+    assert Path(name).is_char_device()
+    for descriptor in (main, terminal):
+        os.close(descriptor)
+
+
+def test_the_standard_output_is_appended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `foveate ... --out /dev/stdout >> log`."""
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    with log.open("a") as file:
+        inode = log.stat().st_ino
+        with atomic_write(f"/dev/fd/{file.fileno()}") as content:
+            content.write("after\n")
+    assert log.read_text() == "before\nafter\n"
+    assert log.stat().st_ino == inode
+
+
+def test_what_cannot_keep_lines_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is not a regular file"):
+        ResumableLines(tmp_path / "pipe", key="a")
+    with pytest.raises(InputError, match="null is not a regular file"):
+        ResumableLines("/dev/null", key="a")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        with pytest.raises(InputError, match="s is a socket or a disk"), atomic_write(tmp_path / "s"):
+            pass
+    assert names(tmp_path) == ["pipe", "s"]
+
+
+def test_errors_name_the_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(NotADirectoryError) as caught, atomic_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("")
+        (folder / "file/below").write_text("")
+    assert caught.value.filename == str(tmp_path / "out/file/below")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="text") as caught, atomic_write(tmp_path / "text"):
+        pass
+    assert caught.value.filename == str(tmp_path / "text")
+    assert names(tmp_path) == []
+
+
 def test_folder_appears_whole(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     with atomic_folder(out) as folder:
@@ -92,6 +210,38 @@ def test_folder_refuses_to_mix_with_what_is_there(tmp_path: Path) -> None:
         pass
     with pytest.raises(InputError, match="is a file"), atomic_folder(tmp_path / "out" / "a.txt"):
         pass
+
+
+@pytest.mark.parametrize("name", ["", ".", "../here"])
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match=r"is the current folder.*out"), atomic_folder(name):
+        pass
+    with pytest.raises(InputError, match="is a folder"), atomic_write(name):
+        pass
+    assert names(tmp_path) == ["here"]
+    assert names(tmp_path / "here") == []
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(InputError, match="disk is a mount point"), atomic_folder(tmp_path / "disk"):
+        pytest.fail("the work has begun")
+    assert names(tmp_path) == ["disk"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_is_followed(tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("a")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real/a.txt").read_text() == "a"
+    assert names(tmp_path) == ["out", "real"]
 
 
 def test_folder_overwrite_replaces_everything(tmp_path: Path) -> None:

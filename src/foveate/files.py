@@ -3,20 +3,31 @@
 Everything that foveate writes goes through `atomic_write` or `atomic_folder`: the content is written under a temporary
 name next to its destination (so that the rename stays on one file system), flushed to the disk, and renamed. A full
 disk, a kill or an exception leaves the old content of the destination, never half of the new one.
+
+Links are followed: what they point to is replaced, not the link. A terminal, a pipe or a device cannot be replaced; it
+is written to, once the content is complete.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, overload
 
 from foveate.errors import InputError
+
+# Where the system keeps the open files of this process. One may be a regular file, and must be written to all the
+# same: renaming another into its place would part it from the shell's `> file`, and lose what `>> file` had before.
+_DESCRIPTORS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @overload
@@ -26,14 +37,16 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb"]) -> AbstractC
 def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "w") -> AbstractContextManager[IO[Any]]:
     """Context manager that gives a file object whose content becomes `path` when the block ends without an exception.
 
-    Parent folders are made. Text is UTF-8 with "\\n" line ends on every platform.
+    Parent folders are made. Text is UTF-8 with "\\n" line ends on every platform; what UTF-8 cannot hold (bytes of a
+    file name that are no text) is written as a backslash escape.
 
     Args:
-        path: the destination; an existing file is replaced, a folder is refused.
+        path: the destination; an existing file is replaced, a folder is refused. A terminal, a pipe or a device gets
+            the content when the block ends.
         mode: "w" for text, "wb" for bytes.
 
     Raises:
-        InputError: `path` is an existing folder.
+        InputError: `path` is an existing folder, a socket, or a disk.
         OSError: the disk is full, the folder is not writable, ...; nothing partial is left behind.
 
     Example:
@@ -47,21 +60,28 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "w") -
 
 @contextmanager
 def _atomic_write(path: Path, mode: str) -> Iterator[IO[Any]]:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of a file to write.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _temporary_sibling(path)
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    target = _target_file(path)
+    if target is None:
+        content = io.BytesIO() if "b" in mode else io.StringIO()
+        yield content
+        data = content.getvalue()
+        with path.open("ab") as file:  # appending, for /dev/stdout may be a file that has content already
+            file.write(data if isinstance(data, bytes) else _encoded(data))
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _temporary_sibling(target)
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     try:
-        with partial.open(mode, encoding=encoding, newline=newline) as file:
+        with partial.open(mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
+        partial.replace(target)
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _name_destination(error, partial, path)
         raise
-    _sync_folder(path.parent)
+    _sync_folder(target.parent)
 
 
 @contextmanager
@@ -69,31 +89,39 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     """Gives an empty temporary folder that becomes `path` when the block ends without an exception.
 
     Args:
-        path: the destination. It must not exist, or be an empty folder, unless `overwrite` is set.
+        path: the destination. It must not exist, or be an empty folder, unless `overwrite` is set. The current folder
+            and a mount point are refused: a rename cannot replace them, or would take them from under the user.
         overwrite: replace an existing folder. The old one stays complete until the new one is.
 
     Raises:
-        InputError: `path` is a file, or a non-empty folder and `overwrite` is not set.
+        InputError: `path` is a file, a folder that cannot be replaced, or a non-empty one and `overwrite` is not set.
         OSError: the disk is full, the folder is not writable, ...; nothing partial is left behind.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
+    target = _followed(path)
+    if target.exists() and not target.is_dir():
         raise InputError(f"{path} is a file; give the name of a folder to write.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise InputError(f"{path} already exists and is not empty; choose another folder or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _temporary_sibling(path)
+    if target == Path.cwd() or os.path.ismount(target):
+        kind = "a mount point" if os.path.ismount(target) else "the current folder"
+        raise InputError(
+            f"{path} is {kind}, which cannot be replaced; give a new folder in it, such as {path / 'out'}."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _temporary_sibling(target)
     try:
         partial.mkdir()
         yield partial
         for item in partial.rglob("*"):
             if item.is_file():
                 _sync_file(item)
-        _swap_in(partial, path)
-    except BaseException:
+        _swap_in(partial, target)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _name_destination(error, partial, path)
         raise
-    _sync_folder(path.parent)
+    _sync_folder(target.parent)
 
 
 class ResumableLines:
@@ -111,16 +139,18 @@ class ResumableLines:
         finished: the lines that an interrupted run left, without line ends.
 
     Raises:
-        InputError: `path` is a folder, or there is nothing to resume.
+        InputError: `path` is a folder or anything else than a file, or there is nothing to resume.
         OSError: the disk is full, the folder is not writable, ...
     """
 
     def __init__(self, path: str | os.PathLike[str], *, key: str, resume: bool = False) -> None:
         self.path = Path(path)
-        if self.path.is_dir():
-            raise InputError(f"{self.path} is a folder; give the name of a file to write.")
+        target = _target_file(self.path)
+        if target is None:
+            raise InputError(f"{self.path} is not a regular file, so no lines can be kept in it; give another name.")
+        self._target = target
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-        self.partial = self.path.with_name(f"{self.path.name}.{digest}.partial")
+        self.partial = target.with_name(f"{_shortened(target.name, 200)}.{digest}.partial")
         self.finished: list[str] = []
         self._size = 0  # bytes of complete lines
         if resume:
@@ -134,14 +164,14 @@ class ResumableLines:
             self.finished = data[: self._size].decode("utf-8").split("\n")[:-1]
 
     def __enter__(self) -> ResumableLines:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._target.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.partial.open("ab")
         self._file.truncate(self._size)
         return self
 
     def append(self, line: str) -> None:
         """Adds a line and hands it to the operating system."""
-        data = line.encode("utf-8") + b"\n"
+        data = _encoded(line) + b"\n"
         self._file.write(data)
         self._file.flush()
         self._size += len(data)
@@ -151,8 +181,8 @@ class ResumableLines:
             if kind is None:
                 os.fsync(self._file.fileno())
                 self._file.close()
-                self.partial.replace(self.path)
-                _sync_folder(self.path.parent)
+                self.partial.replace(self._target)
+                _sync_folder(self._target.parent)
         finally:
             if self.partial.exists():
                 self._keep_complete_lines()
@@ -165,6 +195,47 @@ class ResumableLines:
             os.truncate(self.partial, self._size)
         else:
             self.partial.unlink()
+
+
+def _followed(path: Path) -> Path:
+    """The absolute path with all links followed."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise InputError(f"{path} is a link that leads back to itself; give another name.")
+    return target
+
+
+def _target_file(path: Path) -> Path | None:
+    """The regular file that a destination stands for, or None for what is written to instead of being replaced.
+
+    Raises:
+        InputError: a folder, a socket, a disk, or a link in a circle.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except OSError:  # there is nothing yet; what else may be wrong is said when it is written
+        return _followed(path)
+    if kind == stat.S_IFDIR:
+        raise InputError(f"{path} is a folder; give the name of a file to write.")
+    if kind in (stat.S_IFCHR, stat.S_IFIFO) or str(path).startswith(_DESCRIPTORS):
+        return None
+    if kind != stat.S_IFREG:
+        raise InputError(f"{path} is a socket or a disk, not a file; give the name of a file to write.")
+    return _followed(path)
+
+
+def _name_destination(error: BaseException, partial: Path, path: Path) -> None:
+    """An error of the system names what the user gave, not the temporary name, which is gone by then."""
+    if not isinstance(error, OSError):
+        return
+    if error.filename is None and error.errno in _FULL:
+        error.filename = os.fspath(path)
+    elif isinstance(error.filename, str) and error.filename.startswith(os.fspath(partial)):
+        error.filename = os.fspath(path) + error.filename.removeprefix(os.fspath(partial))
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _swap_in(partial: Path, path: Path) -> None:
@@ -183,8 +254,12 @@ def _swap_in(partial: Path, path: Path) -> None:
 
 
 def _temporary_sibling(path: Path) -> Path:
-    # Names are limited to 255 bytes on common file systems: the destination's own name may already use most of them.
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.partial")
+    return path.with_name(f".{_shortened(path.name, 100)}.{secrets.token_hex(6)}.partial")
+
+
+def _shortened(name: str, most: int) -> str:
+    """Names are limited to 255 bytes on common file systems: a destination's own may already use most of them."""
+    return os.fsdecode(os.fsencode(name)[:most])
 
 
 def _sync_file(path: Path) -> None:
