@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from foveate import checkpoints
 from foveate.checkpoints import find_checkpoint, read_config, shipped_models, suggestion
@@ -20,6 +22,8 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
     (folder / "unfinished").mkdir()
+    (folder / ".clip-world.0123456789ab.partial").mkdir()
+    (folder / ".clip-world.0123456789ab.partial" / "config.json").write_text("{}")
     monkeypatch.setattr(checkpoints, "WEIGHTS", folder)
     return folder
 
@@ -45,11 +49,17 @@ def test_folders_are_found(weights: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("", "is not the name of a model"),
         ("a\0b", "is not the name of a model"),
         ("./nowhere/at/all", "there is no folder nowhere/at/all"),
+        ("~nobody-of-this-name/model", "there is no folder ~nobody-of-this-name/model"),
+        ("x" * 5000, r"^'xxx.{20,40}' cannot be opened \(File name too long\); give a shipped model"),
+        (None, "None is not the name of a model"),
+        (5, "5 is not the name of a model"),
+        (b"clip-world", "b'clip-world' is not the name of a model"),
     ],
 )
-def test_an_unknown_name_suggests(name: str, sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
-        find_checkpoint(name)
+def test_an_unknown_name_suggests(name: Any, sentence: str) -> None:
+    for door in (find_checkpoint, load):
+        with pytest.raises(InputError, match=sentence):
+            door(name)
 
 
 def test_a_path_below_an_existing_folder_is_not_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,11 +109,31 @@ def test_load_refuses_a_part(weights: Path) -> None:
 
 
 @pytest.mark.usefixtures("weights")
-def test_load_checks_device_and_dtype() -> None:
-    with pytest.raises(InputError, match="there is no device 'gpu0' here; use one of: cpu"):
-        load("dynrefer-world", device="gpu0")
-    with pytest.raises(InputError, match=r"no dtype 'bfloat' \(did you mean 'bfloat16'\?\)"):
-        load("dynrefer-world", dtype="bfloat")
+@pytest.mark.parametrize("device", ["gpu0", "meta", "hpu", "privateuseone", "", [], torch.device("meta")])
+def test_load_checks_the_device(device: Any) -> None:
+    with pytest.raises(InputError, match=r"there is no device '.*' here; use one of: cpu"):
+        load("dynrefer-world", device=device)
+
+
+@pytest.mark.usefixtures("weights")
+@pytest.mark.parametrize(
+    ("dtype", "sentence"),
+    [
+        ("bfloat", r"no dtype 'bfloat' \(did you mean 'bfloat16'\?\)"),
+        ([], r"no dtype \[\]; use one of: float32"),
+        (torch.int8, r"no dtype torch\.int8"),
+    ],
+)
+def test_load_checks_the_dtype(dtype: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load("dynrefer-world", dtype=dtype)
+
+
+@pytest.mark.usefixtures("weights")
+def test_load_takes_the_dtypes_of_torch() -> None:
+    # As far as the model, which has no weights here: the advice of other sentences is dtype=torch.float32.
+    with pytest.raises(CheckpointError, match="cannot load the DynRefer checkpoint"):
+        load("dynrefer-world", device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_registry() -> None:
@@ -117,3 +147,9 @@ def test_registry() -> None:
 def test_suggestion_is_silent_when_nothing_is_near() -> None:
     assert suggestion("coco", ["coc", "voc"]) == " (did you mean 'coc'?)"
     assert suggestion("zzzz", ["coco", "voc"]) == ""
+
+
+def test_a_config_that_cannot_be_read_is_a_checkpoint_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read \(Is a directory\)"):
+        read_config(tmp_path)

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def shipped_models() -> list[str]:
     """Names of the models that come with the package, sorted: "clip-world", "dynrefer-world", ..."""
     if not WEIGHTS.is_dir():
         return []
-    return sorted(folder.name for folder in WEIGHTS.iterdir() if (folder / "config.json").is_file())
+    # Names with a dot in front are those of folders that are being written.
+    folders = (folder for folder in WEIGHTS.iterdir() if not folder.name.startswith("."))
+    return sorted(folder.name for folder in folders if (folder / "config.json").is_file())
 
 
 def find_checkpoint(name: str | os.PathLike[str]) -> Path:
@@ -33,21 +36,26 @@ def find_checkpoint(name: str | os.PathLike[str]) -> Path:
             Hugging Face hub, which is downloaded once and then found in its cache.
 
     Raises:
-        InputError: nothing of this name exists; the sentence suggests the nearest shipped name.
+        InputError: nothing of this name exists, or it is no name at all; the sentence suggests the nearest shipped
+            name.
         CheckpointError: the folder holds no `config.json`, or the repository cannot be downloaded.
     """
-    text = os.fspath(name)
-    if not text or "\0" in text:
-        raise InputError(f"{text!r} is not the name of a model; {_known()}.")
+    text = os.fspath(name) if isinstance(name, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InputError(f"{reprlib.repr(name)} is not the name of a model; {_known()}.")
     if text in shipped_models():
         return WEIGHTS / text
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} has no config.json; give the folder that save_pretrained wrote.")
-        return folder
-    if folder.exists():
-        raise InputError(f"{folder} is a file; give the folder that holds it together with its config.json.")
+    # pathlib's own expanduser raises for a user whom the system does not know.
+    folder = Path(os.path.expanduser(text))  # noqa: PTH111
+    try:
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise CheckpointError(f"{folder} has no config.json; give the folder that save_pretrained wrote.")
+            return folder
+        if folder.exists():
+            raise InputError(f"{folder} is a file; give the folder that holds it together with its config.json.")
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise InputError(f"{reprlib.repr(text)} cannot be opened ({error.strerror}); {_known()}.") from None
     # "out/checkpoint" looks like a repository too; where its parent is a folder here, a folder was meant.
     if _HUB_ID.fullmatch(text) and not folder.parent.is_dir():
         return _download(text)
@@ -60,13 +68,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a model folder.
 
     Raises:
-        CheckpointError: it is missing, not JSON, or not an object.
+        CheckpointError: it is missing, cannot be read, is not JSON, or not an object.
     """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no config.json; give the folder that save_pretrained wrote.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again.") from None
     if not isinstance(config, dict):

@@ -105,20 +105,26 @@ def method_module(name: str, part: str) -> ModuleType:
     return method.module(part)
 
 
-def load(name: str | os.PathLike[str], *, device: str | None = None, dtype: str | None = None) -> Any:
+def load(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Any:
     """Loads a predictor.
 
     Args:
         name: a shipped model ("dynrefer-world"), a folder written by `save_pretrained` or by `foveate train`, or a
             Hugging Face repository "owner/name".
         device: "cpu", "cuda", "cuda:1", "mps"; by default the best one there is.
-        dtype: "float32", "bfloat16", "float16"; by default bfloat16 on a GPU that computes in it, else float32.
+        dtype: "float32", "bfloat16", "float16" or torch's own; by default bfloat16 on a GPU that computes in it, else
+            float32.
 
     Returns:
         The predictor of the checkpoint's method, for instance `foveate.methods.dynrefer.predictor.DynReferPredictor`.
 
     Raises:
-        InputError: there is no such model, or it is not a model that a verb of foveate runs.
+        InputError: there is no such model, device or dtype, or it is not a model that a verb of foveate runs.
         CheckpointError: the checkpoint is truncated, corrupt or of another layout.
     """
     where, precision = _device(device), _dtype(dtype)
@@ -152,29 +158,32 @@ def register() -> None:
             AutoProcessor.register(method.config, method.processor, exist_ok=True)
 
 
-def _device(name: str | None) -> torch.device | None:
+def _device(name: str | torch.device | None) -> torch.device | None:
     if name is None:
         return None
     import torch
 
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError("tensors without values")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+    except Exception:  # each backend that torch was built without says so with an exception of another type
         usable = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-        raise InputError(f"there is no device {name!r} here; use one of: {', '.join(usable)}.") from None
+        raise InputError(f"there is no device {str(name)!r} here; use one of: {', '.join(usable)}.") from None
     return device
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name is None:
         return None
     import torch
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
+    known = str(name).removeprefix("torch.") if isinstance(name, torch.dtype) else name
+    if not isinstance(known, str) or known not in dtypes:
         raise InputError(f"there is no dtype {name!r}{suggestion(str(name), dtypes)}; use one of: {', '.join(dtypes)}.")
-    return dtypes[name]
+    return dtypes[known]
 
 
 def _is_method(model: str) -> bool:
