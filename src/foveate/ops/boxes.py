@@ -49,6 +49,10 @@ def validate_boxes(boxes: Any, image_size: tuple[int, int] | None = None) -> Ten
     elif isinstance(boxes, (np.ndarray, Sequence)) and not isinstance(boxes, (str, bytes)):
         try:
             array = np.asarray(boxes)
+            # NumPy takes True for 1 where it stands among numbers.
+            for index, value in enumerate([] if isinstance(boxes, np.ndarray) else np.asarray(boxes, object).flat):
+                if isinstance(value, (bool, np.bool_)):
+                    raise ValueError(f"box {index // 4} holds {value}, which is not a number")
             if array.dtype == object or array.dtype.kind not in "iuf":
                 raise ValueError(f"a value of type {array.dtype}")
             values = torch.as_tensor(array.astype(np.float64)).to(torch.float32)
