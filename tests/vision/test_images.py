@@ -19,10 +19,12 @@ from PIL import Image
 
 from foveate.errors import InputError
 from foveate.vision.images import (
+    check_image_file,
     decode_rle,
     describe_source,
     encode_rle,
     load_image,
+    load_mask,
     mask_to_box,
     polygons_to_box,
     to_array,
@@ -232,14 +234,17 @@ class TestRefusals:
         ["http://example.com/a.png", "HTTPS://example.com/a.png", "file:///etc/hosts", "data:image/png;base64,AA"],
     )
     def test_urls(self, url: str) -> None:
-        with pytest.raises(InputError, match="is a URL; download it first"):
-            load_image(url)
+        for spelling in (url, Path(url)):  # which has one slash left
+            with pytest.raises(InputError, match="is a URL; download it first"):
+                load_image(spelling)
 
     def test_paths(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"nothing\.png' does not exist"):
             load_image(tmp_path / "nothing.png")
-        with pytest.raises(InputError, match="is a folder"):
+        with pytest.raises(InputError, match=r"^Image file '[^']*' is a folder; give the path of an image file\.$"):
             load_image(tmp_path)
+        with pytest.raises(InputError, match="is a folder"):
+            check_image_file(tmp_path)
         with pytest.raises(InputError, match="cannot be read"):
             load_image("a\0b.png")
         with pytest.raises(InputError, match="cannot be read"):
@@ -336,6 +341,81 @@ class TestRefusals:
     def test_image_without_pixels(self) -> None:
         with pytest.raises(InputError, match="no pixels"):
             load_image(Image.new("RGB", (0, 5)))
+
+
+def drawn(*values: object, mode: str = "L", size: tuple[int, int] = (3, 1), **changes: Any) -> bytes:
+    """A PNG with these pixels; `palette` and `exif` are put into it."""
+    image = Image.new(mode, size)
+    image.putdata(values)
+    if "palette" in changes:
+        image.putpalette(changes.pop("palette"))
+    return encoded(image, **changes)
+
+
+class TestMaskImages:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            drawn(0, 1, 255),
+            drawn(0, 1, 1, mode="1"),
+            drawn(0, 1, 300, mode="I;16"),
+            drawn((0, 0, 0), (0, 0, 1), (9, 0, 0), mode="RGB"),
+            drawn(0, 1, 2, mode="P", palette=[0, 0, 0, 200, 0, 0, 0, 200, 0]),
+            # Label colours in which the background is not black, and a palette that has no colours at all.
+            drawn(0, 1, 2, mode="P", palette=[90, 90, 90, 200, 0, 0, 0, 200, 0]),
+            drawn(0, 1, 1, mode="P", palette=[0, 0, 0, 0, 0, 0]),
+            # Black and white whose indices start at 1, as optimisers write them.
+            drawn(1, 2, 2, mode="P", palette=[5, 5, 5, 0, 0, 0, 255, 255, 255]),
+            # The region on transparency: black, white, and with any colour under what cannot be seen.
+            drawn((0, 0, 0, 0), (0, 0, 0, 9), (0, 0, 0, 255), mode="RGBA"),
+            drawn((255, 0), (255, 9), (255, 255), mode="LA"),
+            drawn((7, 0, 0, 0), (255, 255, 255, 255), (1, 1, 1, 255), mode="RGBA"),
+            drawn((0, 0, 0, 255), (255, 255, 255, 255), (1, 1, 1, 255), mode="RGBA"),
+            drawn((0, 255), (1, 255), (255, 255), mode="LA"),
+        ],
+    )
+    def test_what_is_not_zero(self, data: bytes) -> None:
+        assert load_mask(data).tolist() == [[False, True, True]]
+        assert load_mask(data).dtype == np.bool_
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            drawn((255, 255, 255, 0), (0, 0, 0, 255), (255, 255, 255, 255), mode="RGBA"),
+            drawn(0, 1, 1, mode="P", palette=[255, 255, 255, 0, 0, 0]),
+        ],
+        ids=["transparency against colour", "palette against colour"],
+    )
+    def test_two_masks_in_one_are_refused(self, data: bytes) -> None:
+        with pytest.raises(InputError, match=r"is no clear mask: .*save it as a grey image"):
+            load_mask(data)
+
+    @pytest.mark.parametrize(
+        ("data", "value"),
+        [
+            (drawn(0, 0, 0), False),
+            (drawn(*[(0, 0, 0, 255)] * 3, mode="RGBA"), False),
+            (drawn(*[(9, 9, 9, 0)] * 3, mode="RGBA"), False),
+            (drawn(0, 0, 0, mode="P", palette=[200, 0, 0]), False),
+            (drawn(1, 1, 1, mode="P", palette=[0, 0, 0, 0, 0, 0]), True),
+            (drawn(*[(255, 255, 255)] * 3, mode="RGB"), True),
+        ],
+    )
+    def test_the_same_everywhere(self, data: bytes, value: bool) -> None:
+        assert load_mask(data).tolist() == [[value] * 3]
+
+    def test_it_is_turned_like_its_image(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a quarter turn clockwise
+        assert load_mask(drawn(0, 1, 1, exif=exif)).tolist() == [[False], [True], [True]]
+
+    def test_broken_files(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="does not exist"):
+            load_mask(tmp_path / "none.png")
+        with pytest.raises(InputError, match="not an image"):
+            load_mask(b"text")
+        with pytest.raises(InputError, match="range is not defined"):
+            load_mask(Image.new("F", (2, 2)))
 
 
 def test_describe_source(tmp_path: Path) -> None:

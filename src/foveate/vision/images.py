@@ -31,7 +31,8 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 100 * 2**20
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM")
-_URL = re.compile(r"^([a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
+# One slash is enough, for `Path("https://...")` has only that left; "C:/..." is no URL.
+_URL = re.compile(r"^([a-z][a-z0-9+.-]+:/|data:)", re.IGNORECASE)
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _CONVERTIBLE_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "La", "PA", "RGBA", "RGBa")
 _EXIF_ORIENTATION = 0x0112
@@ -65,6 +66,71 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, max_bytes: 
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     name = describe_source(source)
+    image = _decoded(source, name, max_pixels, max_bytes)
+    return _upright(_to_rgb(image, name), image, name)
+
+
+def load_mask(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """A region drawn as an image -> upright bool mask (H, W), set where the image's own value is not zero.
+
+    That value is the number in a 1-bit, grey or 16-bit image, the index in a palette image, and in others the colour
+    (black is zero). Colours of a palette and transparency may draw the region instead, where index or colour is the
+    same everywhere; where they draw another region, the image is refused.
+
+    Raises:
+        InputError: as `load_image`, or palette, colour and transparency draw different regions.
+    """
+    if isinstance(source, np.ndarray):
+        source = _from_array(source, max_pixels)
+    name = describe_source(source)
+    image = _decoded(source, name, max_pixels, max_bytes)
+    meanings = _mask_meanings(image, name)
+    telling = [mask for mask in meanings if mask.any() and not mask.all()] or meanings[:1]
+    if any((mask != telling[0]).any() for mask in telling[1:]):
+        raise InputError(
+            f"{_capital(name)} is no clear mask: what is black in it, what is transparent and what has index 0 in its "
+            "palette are different pixels; save it as a grey image in which 0 is outside."
+        )
+    return np.array(_upright(Image.fromarray(telling[0]), image, name))
+
+
+def _mask_meanings(image: Image.Image, name: str) -> list[np.ndarray]:
+    """What may be meant by an image as a mask, the likeliest first. Each one is bool (H, W)."""
+    if image.mode in ("1", "L", "I", *_SIXTEEN_BIT_MODES):
+        return [np.asarray(image) != 0]
+    if image.mode not in _CONVERTIBLE_MODES:
+        return [np.asarray(_to_rgb(image, name)).any(axis=-1)]
+    rgba = np.asarray((image if image.has_transparency_data else image.convert("RGB")).convert("RGBA"))
+    opaque = rgba[..., 3] != 0
+    # Under full transparency there may be any colour, which nobody has seen.
+    meanings = [rgba[..., :3].any(axis=-1) & opaque, opaque]
+    return [np.asarray(image) != 0, *meanings] if image.mode == "P" else meanings
+
+
+def check_image_file(path: str | os.PathLike[str]) -> None:
+    """Refuses at once what `load_image` would refuse later: a URL, a folder, a path without a file.
+
+    Raises:
+        InputError: it is one of these.
+    """
+    name, path = describe_source(path), os.fspath(path)
+    if _URL.match(path):
+        raise InputError(f"{_capital(name)} is a URL; download it first and give the file, nothing is fetched here.")
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError as error:
+        raise InputError(f"{_capital(name)} does not exist; check the path.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise _unreadable(name, error) from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise InputError(f"{_capital(name)} is {kind}; give the path of an image file.")
+
+
+def _decoded(source: ImageSource, name: str, max_pixels: int, max_bytes: int) -> Image.Image:
+    """The image as it is stored, with its pixels in memory."""
     if isinstance(source, Image.Image):
         return _decode(source, name, max_pixels)
     if isinstance(source, (str, os.PathLike)):
@@ -140,20 +206,17 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
 
 
 def _read_file(path: str, name: str, max_bytes: int) -> bytes:
-    if _URL.match(path):
-        raise InputError(f"{_capital(name)} is a URL; download it first and give the file, nothing is fetched here.")
+    check_image_file(path)
     try:
-        mode = Path(path).stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise InputError(f"{_capital(name)} is {kind}; give the path of an image file.")
         with Path(path).open("rb") as file:
             return file.read(max_bytes + 1)
-    except FileNotFoundError as error:
-        raise InputError(f"{_capital(name)} does not exist; check the path.") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{_capital(name)} cannot be read ({reason}); check the path and its permissions.") from error
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return InputError(f"{_capital(name)} cannot be read ({reason}); check the path and its permissions.")
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
@@ -183,9 +246,13 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
             f"{_capital(name)} is truncated or corrupt ({_reason(error)}); give an intact file."
         ) from error
     _check_pixels(*image.size, name, max_pixels)
-    orientation = _orientation(image, name)
-    rgb = _to_rgb(image, name)
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    return image
+
+
+def _upright(image: Image.Image, stored: Image.Image, name: str) -> Image.Image:
+    """`image`, made of the pixels of `stored`, turned as the EXIF data of `stored` ask for."""
+    orientation = _orientation(stored, name)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _reason(error: Exception) -> str:
