@@ -101,3 +101,21 @@ class TestPictures:
         assert empty.plot(side=96).size[0] == 96 + 420
         assert empty.plot_views().size == (128 + 16, 128 + 34 + 16)
         assert empty.to_dict()["regions"] == []
+
+    @pytest.mark.parametrize("count", [1, 5000])
+    def test_pictures_of_many_regions_fit_every_format(self, photo: Image.Image, count: int) -> None:
+        view = View(0.0, (20, 10, 50, 30), ("caption",), photo)
+        region = Region(box=(20.0, 10.0, 50.0, 30.0), caption="a red car", caption_score=0.5, views=(view,))
+        regions = Regions(photo, [region] * count)
+        for picture in (regions.plot(), regions.plot_views()):
+            assert max(picture.size) <= 16_383
+            assert (picture.height > 16_000) == (count > 1)
+            # Down to the last lines there are words, which say how many regions have no room.
+            assert np.asarray(picture)[-60:].min() < 128 or count == 1
+
+    @pytest.mark.parametrize("size", [(20_000, 40), (40, 20_000), (40_000, 1)])
+    def test_large_images_are_reduced_to_what_every_format_holds(self, size: tuple[int, int]) -> None:
+        picture = Regions(
+            Image.new("RGB", size), [Region(box=(0.0, 0.0, 1.0, 1.0), category="car", category_score=1.0)]
+        )
+        assert 16_000 < max(picture.plot().size) <= 16_383

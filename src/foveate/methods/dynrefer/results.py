@@ -18,6 +18,11 @@ PALETTE = (
     (227, 119, 194),
     (140, 86, 75),
 )
+MAX_SIDE = 16_383
+"""Most pixels of a side of a picture: what WebP can hold. PNG could hold more, which no memory would."""
+
+Colour = tuple[int, int, int]
+_GREY: Colour = (90, 90, 90)
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,17 @@ class Regions(Sequence[Region]):
         return {"width": width, "height": height, "regions": [region.to_dict() for region in self.regions]}
 
     def plot(self, *, side: int = 640) -> Image.Image:
-        """The image with numbered boxes, and beside it what was said of each.
+        """The image with numbered boxes, and beside it what was said of each, as far as there is room for it.
 
         Args:
-            side: least length in pixels of the image's longer side; small images are enlarged for reading.
+            side: least length in pixels of the image's longer side; small images are enlarged for reading, and such
+                as would give a picture of more than 16,383 pixels are reduced.
         """
-        scale = max(1.0, side / max(self.image.size))
-        picture = self.image.resize((round(self.image.width * scale), round(self.image.height * scale)))
+        # The words beside the picture are three quarters as wide again.
+        most = min(MAX_SIDE * 4 / 7 / self.image.width, MAX_SIDE / self.image.height)
+        scale = min(max(1.0, side / max(self.image.size)), most)
+        size = [max(1, round(length * scale)) for length in self.image.size]
+        picture = self.image.resize((size[0], size[1]))
         draw = ImageDraw.Draw(picture)
         font = ImageFont.load_default(max(13, round(min(picture.size) / 34)))
         line = max(2, round(min(picture.size) / 220))
@@ -136,38 +145,46 @@ class Regions(Sequence[Region]):
             at = (min(max(0.0, x0), picture.width - width), max(0.0, y0 - height))
             draw.rectangle((*at, at[0] + width, at[1] + height), fill=colour)
             draw.text((at[0] + 4 - left, at[1] + 4 - top), label, fill="white", font=font)
-        return _beside(picture, self._legend(font), font)
+        return _beside(picture, list(self._legend()), font)
 
-    def _legend(self, font: Any) -> list[tuple[tuple[int, int, int], str]]:
-        lines = []
+    def _legend(self) -> Iterator[list[tuple[Colour, str]]]:
+        """Lines for each region."""
         for number, region in enumerate(self.regions):
             colour = PALETTE[number % len(PALETTE)]
             head = region.caption or region.category or "region"
             score = region.caption_score if region.caption is not None else region.category_score
-            lines.append((colour, f"{number + 1}  {head}" + (f"  ({score:.2f})" if score is not None else "")))
+            lines = [(colour, f"{number + 1}  {head}" + (f"  ({score:.2f})" if score is not None else ""))]
             if region.category is not None and region.caption is not None:
-                lines.append(((90, 90, 90), f"     category: {region.category} ({region.category_score:.2f})"))
+                lines.append((_GREY, f"     category: {region.category} ({region.category_score:.2f})"))
             if region.attributes:
                 words = ", ".join(f"{name} {region.attribute_scores[name]:.2f}" for name in region.attributes)
-                lines.append(((90, 90, 90), f"     attributes: {words}"))
+                lines.append((_GREY, f"     attributes: {words}"))
             if region.tags:
-                lines.append(((90, 90, 90), f"     tags: {', '.join(region.tags)}"))
-        return lines
+                lines.append((_GREY, f"     tags: {', '.join(region.tags)}"))
+            yield lines
 
     def plot_views(self, *, side: int = 128) -> Image.Image:
-        """A row per region: every crop that the model looked at, labelled with its t and tasks."""
+        """A row per region: every crop that the model looked at, labelled with its t and tasks.
+
+        The first regions are shown where all of them would be higher than 16,383 pixels.
+        """
         font = ImageFont.load_default(12)
         gap, head = 8, 34
-        columns = max((len(region.views) for region in self.regions), default=0)
-        size = (max(1, columns) * (side + gap) + gap, max(1, len(self.regions)) * (side + head + gap) + gap)
+        shown = self.regions[: (MAX_SIDE - gap - head) // (side + head + gap)]
+        left_out = len(self.regions) - len(shown)
+        columns = max((len(region.views) for region in shown), default=0)
+        height = max(1, len(shown)) * (side + head + gap) + gap
+        size = (max(1, columns) * (side + gap) + gap, height + head * (left_out > 0))
         picture = Image.new("RGB", size, "white")
         draw = ImageDraw.Draw(picture)
-        for row, region in enumerate(self.regions):
+        if left_out:
+            draw.text((gap, height), _more(left_out), fill=_GREY, font=font)
+        for row, region in enumerate(shown):
             top = gap + row * (side + head + gap)
             for column, view in enumerate(region.views):
                 left = gap + column * (side + gap)
                 draw.text((left, top), f"{row + 1}: t = {view.t:g}", fill=PALETTE[row % len(PALETTE)], font=font)
-                draw.text((left, top + 15), _fit(", ".join(view.tasks), font, side), fill=(90, 90, 90), font=font)
+                draw.text((left, top + 15), _fit(", ".join(view.tasks), font, side), fill=_GREY, font=font)
                 picture.paste(view.image.resize((side, side)), (left, top + head))
         return picture
 
@@ -189,11 +206,22 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def _beside(picture: Image.Image, legend: list[tuple[tuple[int, int, int], str]], font: Any) -> Image.Image:
+def _more(count: int) -> str:
+    return f"and {count} more region{'s' * (count != 1)}"
+
+
+def _beside(picture: Image.Image, legend: list[list[tuple[Colour, str]]], font: Any) -> Image.Image:
     """The picture with its legend on the right, as wide as the picture and as tall as either needs."""
     width = max(420, picture.width * 3 // 4)
     height = round(font.size * 1.45)
-    lines = [(colour, line) for colour, text in legend for line in _wrap(text, font, width - 24)]
+    lines: list[tuple[Colour, str]] = []
+    for number, entry in enumerate(legend):
+        wrapped = [(colour, line) for colour, text in entry for line in _wrap(text, font, width - 24)]
+        # One line is kept for saying that there is more.
+        if height * (len(lines) + len(wrapped) + 1) + 24 > MAX_SIDE:
+            lines.append((_GREY, _more(len(legend) - number)))
+            break
+        lines += wrapped
     out = Image.new("RGB", (picture.width + width, max(picture.height, height * len(lines) + 24)), "white")
     out.paste(picture, (0, 0))
     draw = ImageDraw.Draw(out)
