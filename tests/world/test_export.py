@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +276,58 @@ def test_failure_while_the_annotations_are_written(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="No space left on device"):
         write(tmp_path / "out", count=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_billion_scenes_are_refused_after_the_first(tmp_path: Path) -> None:
+    done: list[int] = []
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"1000000000 scenes need about \d+ GiB .*; ask for fewer"):
+        write(tmp_path / "made/out", count=10**9, progress=lambda number, _: done.append(number))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert done == []
+    assert peak < 50 * 2**20
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["", "."])
+def test_the_current_folder_is_refused_before_rendering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "render_scene", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(InputError, match="is the current folder"):
+        write(Path(out))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes under /proc")
+def test_render_processes_end_with_their_parent(tmp_path: Path) -> None:
+    """However it ends: nothing of it runs after SIGKILL."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\nfrom pathlib import Path\nfrom foveate.world.export import export_scenes\n"
+        "def kill(done, total):\n"
+        "    Path('workers').write_text(' '.join(str(each.pid) for each in multiprocessing.active_children()))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if __name__ == '__main__':\n"
+        "    import multiprocessing\n"
+        "    export_scenes(Path('out'), 'coco', count=100000, size=32, processes=2, progress=kill)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    workers = [int(number) for number in (tmp_path / "workers").read_text().split()]
+    assert len(workers) == 2
+    for _ in range(300):
+        running = [worker for worker in workers if is_running(worker)]
+        if not running:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{running} still run")
+
+
+def is_running(process: int) -> bool:
+    """Whether a process computes: one that nobody has waited for is no more than a number."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

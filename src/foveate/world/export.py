@@ -11,12 +11,17 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
+import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +102,8 @@ def export_scenes(
         `out`.
 
     Raises:
-        InputError: an argument is out of range, `out` is a file or a non-empty folder, or it cannot be written (disk
-            full, no permission). Nothing is left behind.
+        InputError: an argument is out of range, `out` is a file or a non-empty folder, the disk has no room for so many
+            scenes, or `out` cannot be written (disk full, no permission). Nothing is left behind.
     """
     check_format(format)
     _check_whole("count", count, 1)
@@ -108,18 +113,19 @@ def export_scenes(
         raise InputError(f"val_fraction is {val_fraction!r}; it must be a number in [0, 1).")
     out = Path(out)
     val_count = round(count * val_fraction)
-    made = [folder for folder in out.parents if not folder.exists()]
+    made = [folder for folder in Path(os.path.realpath(out)).parents if not folder.exists()]
     try:
         with atomic_folder(out) as folder:
-            tasks = [(first_seed + index, index + 1) for index in range(count)]
             render = partial(
                 _render, folder=folder / _IMAGES[format][0], name=_IMAGES[format][1], size=size, objects=objects
             )
             (folder / _IMAGES[format][0]).mkdir(parents=True)
             scenes: list[_Exported] = []
             # Closed before the folder is removed on a failure: no renderer may still write into it then.
-            with closing(_run(render, tasks, processes)) as rendered:
+            with closing(_run(render, first_seed, count, processes)) as rendered:
                 for scene in rendered:
+                    if not scenes:
+                        _check_room(folder, (folder / _IMAGES[format][0] / scene.file).stat().st_size, count, out)
                     scenes.append(scene)
                     if progress is not None:
                         progress(len(scenes), count)
@@ -153,17 +159,35 @@ def _check_whole(name: str, value: Any, least: int) -> None:
         raise InputError(f"{name} is {value!r}; it must be a whole number from {least} on.")
 
 
+def _check_room(folder: Path, size: int, count: int, out: Path) -> None:
+    """Refuses what the disk cannot hold: that is known after the first image, not after hours."""
+    free = shutil.disk_usage(folder).free
+    # Images differ in size, but hardly any two of them by more than half.
+    if count * size / 2 > free:
+        raise InputError(
+            f"{count} scenes need about {count * size / 2**30:.0f} GiB (count times the first image), but {out} has "
+            f"{free / 2**30:.1f} GiB free; ask for fewer, or choose another folder."
+        )
+
+
 def _run(
-    render: Callable[[tuple[int, int]], _Exported], tasks: list[tuple[int, int]], processes: int
+    render: Callable[[int, int], _Exported], first_seed: int, count: int, processes: int
 ) -> Generator[_Exported, None, None]:
-    if processes == 1 or len(tasks) == 1:
-        yield from map(render, tasks)
+    # Made one by one: a list of a billion would fill the memory before the first scene.
+    tasks = ((first_seed + index, index + 1) for index in range(count))
+    processes = min(processes, count)
+    if processes == 1:
+        yield from starmap(render, tasks)
         return
     # Not by fork: the caller may run threads (torch), whose locks a forked child would inherit.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_follow_the_parent) as pool:
         try:
-            yield from pool.map(render, tasks, chunksize=max(1, min(32, len(tasks) // (4 * processes))))
+            # As many at a time as keep the processes busy while the first of them is waited for.
+            ahead = deque(pool.submit(render, *task) for task in islice(tasks, 4 * processes))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(render, *task) for task in islice(tasks, 1))
         except BrokenProcessPool as error:
             raise InputError(
                 "a render process ended early: it was killed (out of memory?), or the calling script lacks "
@@ -173,8 +197,20 @@ def _run(
             pool.shutdown(cancel_futures=True)
 
 
-def _render(task: tuple[int, int], *, folder: Path, name: str, size: Size, objects: tuple[int, int]) -> _Exported:
-    seed, image_id = task
+def _follow_the_parent() -> None:
+    """In a render process: ends with the one that started it, however that ends, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _render(seed: int, image_id: int, *, folder: Path, name: str, size: Size, objects: tuple[int, int]) -> _Exported:
     scene = render_scene(seed, size, objects)
     file = name.format(image_id)
     # The lowest zlib effort: it halves the time of an export, and textures hardly compress any further.
