@@ -67,7 +67,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> C
     Raises:
         InputError: lengths differ, a sample has no reference, there are no samples, or something is not a string.
     """
-    candidates, references = _pairs(candidates, references)
+    candidates, references = caption_pairs(candidates, references)
     counted_references = [[_ngrams(reference) for reference in group] for group in references]
     document_frequency: Counter[tuple[str, ...]] = Counter()
     for group in counted_references:
@@ -114,7 +114,7 @@ def exact_match_rate(candidates: Sequence[str], references: Sequence[Sequence[st
     Raises:
         InputError: as `cider_d`.
     """
-    candidates, references = _pairs(candidates, references)
+    candidates, references = caption_pairs(candidates, references)
     hits = sum(
         tokenize(candidate) in {tokenize(reference) for reference in group}
         for candidate, group in zip(candidates, references, strict=True)
@@ -165,7 +165,7 @@ def word_accuracy(
     Raises:
         InputError: as `cider_d`; `words` is empty or holds a word without letters or digits.
     """
-    candidates, references = _pairs(candidates, references)
+    candidates, references = caption_pairs(candidates, references)
     phrases = _phrases(words)
     count = correct = said = wanted = hits = 0
     for candidate, group in zip(candidates, references, strict=True):
@@ -199,7 +199,7 @@ def group_by_image(
         InputError: as `cider_d`; lengths differ; or an image id has two different hypotheses (the protocol allows one
             region per image id: give region ids as `image_ids` to score regions one by one).
     """
-    candidates, references = _pairs(candidates, references)
+    candidates, references = caption_pairs(candidates, references)
     ids = list(image_ids)
     if len(ids) != len(candidates):
         raise InputError(f"image_ids has {len(ids)} entries for {len(candidates)} candidates; give one for each.")
@@ -246,7 +246,7 @@ def caption_report(
     Raises:
         InputError: as `cider_d`, `word_accuracy` and `group_by_image`.
     """
-    candidates, references = _pairs(candidates, references)
+    candidates, references = caption_pairs(candidates, references)
     lists = (("colour", colours, True), ("attribute", attributes, False), ("relation", relations, True))
     words = {
         name: word_accuracy(candidates, references, vocabulary, ordered=ordered)
@@ -275,7 +275,12 @@ def _ngrams(caption: str) -> dict[tuple[str, ...], int]:
     return counts
 
 
-def _pairs(candidates: Any, references: Any) -> tuple[list[str], list[list[str]]]:
+def caption_pairs(candidates: Any, references: Any) -> tuple[list[str], list[list[str]]]:
+    """N candidates and their N lists of references, checked.
+
+    Raises:
+        InputError: lengths differ, there are none, a sample has no reference, or something is not a string.
+    """
     candidates = string_sequence(candidates, "candidates")
     if isinstance(references, str | bytes) or not isinstance(references, Sequence):
         raise InputError(f"references must be a sequence with a list of strings per candidate, not {references!r}.")
