@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.data import open_dataset
-from foveate.data.coco import annotation_box
+from foveate.data.coco import COCO, annotation_box
 from foveate.errors import InputError
 from foveate.vision.images import decode_rle
 
@@ -193,3 +193,15 @@ sides = st.floats(0, 50)
 @given(sides, sides, sides, sides)
 def test_xywh_is_converted_once(x: float, y: float, width: float, height: float) -> None:
     assert annotation_box({"bbox": [x, y, width, height]}, 100, 100) == (x, y, x + width, y + height)
+
+
+def test_crowds_and_all_categories(tmp_path: Path) -> None:
+    content = instances()
+    content["categories"].append({"supercategory": "animal", "id": 90, "name": "dog"})
+    dataset = open_dataset("coco", write(tmp_path, content), "val2017")
+    assert [[region.crowd for region in sample.regions] for sample in dataset] == [[False], [True]]
+    assert isinstance(dataset, COCO)
+    assert dataset.categories == ("person", "bottle", "dog")
+    content["annotations"][0]["iscrowd"] = 2
+    with pytest.raises(InputError, match=r'annotation 82445: "iscrowd" is neither 0 nor 1 \(2\)'):
+        open_dataset("coco", write(tmp_path, content), "val2017")

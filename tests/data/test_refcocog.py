@@ -79,7 +79,10 @@ def test_mdetr_layout(tmp_path: Path, split: str) -> None:
 
 
 def test_glamm_layout_keeps_entries(tmp_path: Path) -> None:
-    """The protocol groups by image id of the captions file: the same photograph and box twice is two hypotheses."""
+    """The protocol groups by image id of the captions file: the same photograph and box twice is two hypotheses.
+
+    References stay as they were written, repeats included.
+    """
     content = mdetr()
     content["images"] = [
         {key: value for key, value in entry.items() if key != "caption"} for entry in content["images"]
@@ -87,12 +90,13 @@ def test_glamm_layout_keeps_entries(tmp_path: Path) -> None:
     content["annotations"] = [
         annotation(10, 0, [1, 2, 3, 4], caption="A man."),
         annotation(11, 0, [1, 2, 3, 4], caption="someone"),
+        annotation(14, 0, [1, 2, 3, 4], caption="A  man.\n"),
         annotation(12, 2, [1, 2, 3, 4], caption="A man."),
         annotation(13, 1, [1, 2, 3, 4], caption="a dog"),
     ]
     dataset = open_dataset("refcocog", write(tmp_path, "val_captions", content), "val_captions")
     assert [[(region.region_id, region.captions) for region in sample.regions] for sample in dataset] == [
-        [(0, ("a man", "someone")), (2, ("a man",))],
+        [(0, ("A man.", "someone", "A man.")), (2, ("A man.",))],
         [(1, ("a dog",))],
     ]
     content["annotations"][1]["bbox"] = [1, 2, 3, 5]
@@ -142,3 +146,21 @@ def test_splits(tmp_path: Path) -> None:
         open_dataset("refcocog", tmp_path, "testA")
     with pytest.raises(InputError, match=r"finetune_refcocog_train\.json does not exist"):
         open_dataset("refcocog", tmp_path, "train")
+
+
+def test_captions_of_visual_genome(tmp_path: Path) -> None:
+    content = mdetr()
+    content["images"] = [image(7, "7.jpg", 7, "x") | {"original_id": None}, image(9, "9.jpg", 9, "x")]
+    content["annotations"] = [
+        annotation(1, 7, [1, 2, 3, 4], caption="The Dog!"),
+        annotation(2, 9, [10, 2, 30, 4], caption="a cat"),
+    ]
+    (tmp_path / "test_caption.json").write_text(json.dumps(content))
+    (tmp_path / "VG_100K_2").mkdir()
+    (tmp_path / "VG_100K_2" / "9.jpg").touch()
+    dog, cat = open_dataset("vg-captions", tmp_path, "test")
+    assert (dog.image_id, dog.path, dog.regions[0].region_id) == (7, tmp_path / "VG_100K/7.jpg", 7)
+    assert dog.regions[0].captions == ("The Dog!",)
+    assert (cat.path, cat.regions[0].box) == (tmp_path / "VG_100K_2/9.jpg", (10, 2, 40, 6))
+    with pytest.raises(InputError, match="vg-captions has no split 'val'; take one of test"):
+        open_dataset("vg-captions", tmp_path, "val")

@@ -269,6 +269,15 @@ def test_excluded_coco_ids(tmp_path: Path) -> None:
     assert dataset.dropped["excluded COCO id"] == 1
 
 
+def test_only_images_with_a_coco_id(tmp_path: Path) -> None:
+    files = files_of_1_2()
+    files["densecap_splits.json"]["train"].append(2)
+    dataset = VisualGenome(write(tmp_path, files), "train", only_coco=True, exclude_coco_ids={78})
+    with_id = {image["image_id"] for image in files["image_data.json"] if image.get("coco_id") is not None}
+    assert {sample.image_id for sample in dataset} == with_id
+    assert dataset.dropped["no COCO id"] == 3 - len(with_id) > 0
+
+
 def set_in(files: dict[str, Any], path: tuple, value: Any) -> dict[str, Any]:
     files = copy.deepcopy(files)
     place = files

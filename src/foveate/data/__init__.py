@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +19,23 @@ FORMATS: dict[str, tuple[str, str]] = {
     "refcocog": ("foveate.data.refcocog", "RefCOCOg"),
     "coco": ("foveate.data.coco", "COCO"),
 }
+# Formats of benchmarks: read for evaluation only, and not written by `foveate world`.
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "vg-captions": ("foveate.data.refcocog", "VisualGenomeCaptions"),
+    "ovad": ("foveate.data.ovad", "OVAD"),
+}
 
 
-def check_format(format: str) -> str:
-    """`format` if it is one of `FORMATS`.
+def check_format(format: str, formats: Mapping[str, object] = FORMATS) -> str:
+    """`format` if it is one of `formats`.
 
     Raises:
         InputError: it is not; the message suggests the nearest name.
     """
-    if isinstance(format, str) and format in FORMATS:
+    if isinstance(format, str) and format in formats:
         return format
-    near = difflib.get_close_matches(str(format).lower().replace("_", "-"), FORMATS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"take one of {', '.join(FORMATS)}."
+    near = difflib.get_close_matches(str(format).lower().replace("_", "-"), formats, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"take one of {', '.join(formats)}."
     raise InputError(f"there is no dataset format {format!r}; {hint}")
 
 
@@ -38,7 +43,7 @@ def open_dataset(format: str, root: Path | str, split: str, *, skip_bad: bool = 
     """Opens one split of a dataset, downloaded or exported by `foveate world scenes`.
 
     Args:
-        format: "visual-genome", "refcocog" or "coco".
+        format: "visual-genome", "refcocog" or "coco"; or a benchmark's, "vg-captions" or "ovad".
         root: folder that holds the format's files, laid out as docs/datasets.md says.
         split: as the format calls it: "train", "val", "test", "val_captions", "val2017", ...
         skip_bad: leave broken records out, count them in the dataset's `skipped` and log one line, instead of raising.
@@ -50,6 +55,7 @@ def open_dataset(format: str, root: Path | str, split: str, *, skip_bad: bool = 
         InputError: unknown format or split; a file is missing or damaged; a record is broken and `skip_bad` is off.
             Names the file and the record.
     """
-    module, name = FORMATS[check_format(format)]
+    known = FORMATS | BENCHMARKS
+    module, name = known[check_format(format, known)]
     reader: Callable[..., SampleDataset] = getattr(import_module(module), name)
     return reader(root, split, skip_bad=skip_bad)

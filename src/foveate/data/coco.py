@@ -36,6 +36,7 @@ class COCO(SampleDataset):
 
     Regions have box, category and mask; `attributes`, `negative_attributes` and `tags` where the annotation has these
     optional keys, which the real files lack. Image captions are as written, without surrounding white space.
+    `categories` has the names of the whole file, in its order, whether they occur or not.
 
     Args:
         root: folder with `annotations/instances_SPLIT.json`, `SPLIT/` (images) and, optionally,
@@ -48,6 +49,7 @@ class COCO(SampleDataset):
     """
 
     format = "coco"
+    categories: tuple[str, ...] = ()
 
     def _read(self, log: RecordLog) -> Iterator[ImageRecord]:
         folder = self.root / "annotations"
@@ -59,6 +61,7 @@ class COCO(SampleDataset):
         content = read_json(path, dict)
         images = read_images(path, content, log)
         categories = read_categories(path, content, log)
+        self.categories = tuple(categories.values())
         regions: dict[int, list[RegionRecord]] = {image_id: [] for image_id in images}
         for annotation in top_level_list(path, content, "annotations"):
             try:
@@ -162,4 +165,12 @@ def region_record(
         segmentation=check_segmentation(
             get(annotation, "segmentation") if "segmentation" in annotation else None, width, height
         ),
+        crowd=_is_crowd(annotation),
     )
+
+
+def _is_crowd(annotation: Any) -> bool:
+    crowd = annotation.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise BadRecord('"iscrowd" is neither 0 nor 1', crowd)
+    return bool(crowd)

@@ -26,6 +26,8 @@ class RegionRecord(NamedTuple):
     tags: tuple[str, ...] = ()
     relations: tuple[tuple[str, int, str], ...] = ()
     segmentation: Any = None
+    score: float | None = None
+    crowd: bool = False
 
 
 class ImageRecord(NamedTuple):
@@ -121,4 +123,6 @@ def _region(record: RegionRecord, width: int, height: int) -> RegionSample:
         tags=record.tags,
         relations=tuple(Relation(*relation) for relation in record.relations),
         mask=None if record.segmentation is None else segmentation_to_rle(record.segmentation, width, height),
+        score=record.score,
+        crowd=record.crowd,
     )

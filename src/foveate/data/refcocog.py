@@ -7,8 +7,7 @@ does; the JSON files hold the same expressions and boxes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from foveate.data.boxes import Box, is_empty
@@ -18,7 +17,6 @@ from foveate.data.records import BadRecord, RecordLog, get_id, get_text, name_of
 from foveate.data.text import clean_caption
 from foveate.errors import InputError
 
-SPLITS = ("train", "val", "test", "val_captions")
 # The photographs are COCO's; their names say which folder of COCO they come from.
 _COCO_NAME = re.compile(r"COCO_([a-z]+\d{4})_\d+\.\w+")
 
@@ -32,7 +30,9 @@ class RefCOCOg(SampleDataset):
     its id is the *entry's image id*: the evaluation protocol has exactly one hypothesis for each of them (DynRefer spec
     section 5).
 
-    Captions are cleaned (`foveate.data.text.clean_caption`). Masks, attributes and tags are there if the file has them.
+    Captions are cleaned (`foveate.data.text.clean_caption`), but for those of "val_captions": references are scored as
+    they were written, repeats included, for cleaning is the metric's tokenizer's work. Masks, attributes and tags are
+    there if the file has them.
 
     Args:
         root: folder with `finetune_refcocog_SPLIT.json` and COCO's image folder `train2014/`.
@@ -44,11 +44,16 @@ class RefCOCOg(SampleDataset):
     """
 
     format = "refcocog"
+    splits: Mapping[str, str] = {
+        split: f"finetune_refcocog_{split}.json" for split in ("train", "val", "test", "val_captions")
+    }
+    # Splits that keep their entries apart, as the captioning protocols count them.
+    entries: Collection[str] = ("val_captions",)
 
     def _read(self, log: RecordLog) -> Iterator[ImageRecord]:
-        if self.split not in SPLITS:
-            raise InputError(f"refcocog has no split {self.split!r}; take one of {', '.join(SPLITS)}.")
-        path = self.root / f"finetune_refcocog_{self.split}.json"
+        if self.split not in self.splits:
+            raise InputError(f"{self.format} has no split {self.split!r}; take one of {', '.join(self.splits)}.")
+        path = self.root / self.splits[self.split]
         content = read_json(path, dict)
         images = read_images(path, content, log)
         entries = {
@@ -70,7 +75,8 @@ class RefCOCOg(SampleDataset):
                     log.dropped["empty box"] += 1
                     continue
                 described = annotation if "caption" in annotation else entries[image_id]
-                caption = clean_caption(get_text(described, "caption"))
+                caption = get_text(described, "caption")
+                caption = " ".join(caption.split()) if self.split in self.entries else clean_caption(caption)
                 if not caption and self.split == "train":
                     log.dropped["empty caption"] += 1
                     continue
@@ -82,7 +88,7 @@ class RefCOCOg(SampleDataset):
             entry_id, width, height = sizes[name]
             original = entries[entry_id].get("original_id")
             image_id = original if type(original) is int else entry_id
-            yield ImageRecord(image_id, _image_path(name), width, height, tuple(regions.values()))
+            yield ImageRecord(image_id, self._image_path(name), width, height, tuple(regions.values()))
 
     def _add(
         self,
@@ -94,7 +100,7 @@ class RefCOCOg(SampleDataset):
         categories: dict[int, str],
         size: tuple[int, int],
     ) -> None:
-        if self.split == "val_captions":
+        if self.split in self.entries:
             key: Any = image_id
             region_id = image_id
             if key in regions and regions[key].box != box:
@@ -104,7 +110,7 @@ class RefCOCOg(SampleDataset):
             key = box
         if key in regions:
             region = regions[key]
-            if caption not in region.captions:
+            if self.split in self.entries or caption not in region.captions:
                 regions[key] = region._replace(captions=(*region.captions, caption))
             return
         category = categories.get(get_id(annotation, "category_id")) if "category_id" in annotation else None
@@ -112,7 +118,31 @@ class RefCOCOg(SampleDataset):
         category = None if category == "object" else category
         regions[key] = region_record(annotation, region_id, box, category, *size)._replace(captions=(caption,))
 
+    def _image_path(self, name: str) -> str:
+        """Where a photograph is, from the dataset's root."""
+        match = _COCO_NAME.fullmatch(name)
+        return f"{match.group(1) if match else 'images'}/{name}"
 
-def _image_path(name: str) -> str:
-    match = _COCO_NAME.fullmatch(name)
-    return f"{match.group(1) if match else 'images'}/{Path(name).name}"
+
+class VisualGenomeCaptions(RefCOCOg):
+    """GLaMM's captions file of Visual Genome, `test_caption.json`: 5,000 regions, one an image.
+
+    It has the layout of GLaMM's file of RefCOCOg and is read by the same rules (`RefCOCOg`, "val_captions").
+
+    Args:
+        root: folder with `test_caption.json` and the images in `VG_100K/` and `VG_100K_2/`.
+        split: "test".
+        skip_bad: count broken records in `skipped` instead of raising.
+
+    Raises:
+        InputError: a file is missing or damaged, or a record is broken and `skip_bad` is off.
+    """
+
+    format = "vg-captions"
+    splits: Mapping[str, str] = {"test": "test_caption.json"}
+    entries: Collection[str] = ("test",)
+
+    def _image_path(self, name: str) -> str:
+        # The file does not say which of the two folders an image is in.
+        second = f"VG_100K_2/{name}"
+        return second if (self.root / second).is_file() else f"VG_100K/{name}"

@@ -34,6 +34,7 @@ class RegionSample:
         relations: relations of which this region is the subject.
         mask: COCO run-length encoding {"size": [H, W], "counts": ...}, or None.
         score: confidence where the box comes from a detector, else None.
+        crowd: the box is drawn around many things of the category ("iscrowd" of COCO).
     """
 
     region_id: int
@@ -46,6 +47,7 @@ class RegionSample:
     relations: tuple[Relation, ...] = ()
     mask: dict[str, Any] | None = None
     score: float | None = None
+    crowd: bool = False
 
 
 @dataclass(frozen=True, slots=True)

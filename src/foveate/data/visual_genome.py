@@ -60,6 +60,7 @@ class VisualGenome(SampleDataset):
         split: "train", "val" or "test" of `densecap_splits.json`.
         skip_bad: count broken records in `skipped` instead of raising.
         exclude_coco_ids: COCO ids of images to leave out, for example those of an evaluation set.
+        only_coco: keep only images that have a COCO id, the part of Visual Genome that is called VG-COCO.
 
     Raises:
         InputError: a file is missing or damaged, or a record is broken and `skip_bad` is off.
@@ -67,8 +68,17 @@ class VisualGenome(SampleDataset):
 
     format = "visual-genome"
 
-    def __init__(self, root: Path | str, split: str, *, skip_bad: bool = False, exclude_coco_ids: Collection[int] = ()):
+    def __init__(
+        self,
+        root: Path | str,
+        split: str,
+        *,
+        skip_bad: bool = False,
+        exclude_coco_ids: Collection[int] = (),
+        only_coco: bool = False,
+    ):
         self._excluded = frozenset(exclude_coco_ids)
+        self._only_coco = only_coco
         super().__init__(root, split, skip_bad=skip_bad)
 
     def _read(self, log: RecordLog) -> Iterator[ImageRecord]:
@@ -92,15 +102,19 @@ class VisualGenome(SampleDataset):
             raise InputError(f"{splits_path} has no split {self.split!r}; take one of {', '.join(splits)}.")
         known: dict[int, tuple[str, int, int]] = {}
         broken: set[int] = set()
-        excluded: set[int] = set()
+        excluded: dict[int, str] = {}
         for image in iterate_json_list(images_path):
             image_id: int | None = None
             try:
                 image_id = get_id(image, "image_id", "id")
                 if image_id in known:
                     raise BadRecord("the image id occurs twice", image_id)
-                if self._excluded and isinstance(image.get("coco_id"), int) and image["coco_id"] in self._excluded:
-                    excluded.add(image_id)
+                coco_id = image.get("coco_id")
+                if self._only_coco and coco_id is None:
+                    excluded[image_id] = "no COCO id"
+                    continue
+                if isinstance(coco_id, int) and coco_id in self._excluded:
+                    excluded[image_id] = "excluded COCO id"
                     continue
                 known[image_id] = (_image_path(image, image_id), *get_size(image))
             except BadRecord as error:
@@ -118,7 +132,7 @@ class VisualGenome(SampleDataset):
             elif image_id in known:
                 chosen[image_id] = known[image_id]
             elif image_id in excluded:
-                log.dropped["excluded COCO id"] += 1
+                log.dropped[excluded[image_id]] += 1
             elif image_id not in broken:
                 log.bad(splits_path, f"split {self.split}", BadRecord("an id is not in image_data.json", image_id))
         return chosen
