@@ -7,6 +7,7 @@ known; what a real model says is tested with the method.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from foveate import cli
 from foveate.errors import InputError
 from foveate.methods.dynrefer.results import Region, Regions
+from foveate.vision.images import load_image
 
 
 class Describer:
@@ -36,7 +38,7 @@ class Describer:
     def describe(self, path: Path, boxes: Any) -> Regions:
         if path.name == self.interrupt_at:
             raise self.error
-        image = Image.open(path)
+        image = load_image(path)
         boxes = [(0, 0, *image.size)] if boxes is None else boxes
         return Regions(
             image,
@@ -129,6 +131,58 @@ def test_options_reach_the_describer(run: Run, describer: Describer) -> None:
         "everything": True,
         "batch_size": 7,
     }
+
+
+def test_the_default_picture_replaces_no_file(run: Run, folder: Path) -> None:
+    Path("00-described.png").write_text("mine")
+    for name in ("00-described-2.png", "00-described-3.png"):
+        assert run("00.png")[1].endswith(f"written: {name}\n")
+    assert Path("00-described.png").read_text() == "mine"
+    assert run("00.png", "--picture", "00-described.png")[0] == 0, "a name that is given is one to replace"
+    assert Image.open("00-described.png").width > 32
+    assert made(folder) == ["00-described-2.png", "00-described-3.png", "00-described.png"]
+
+
+def test_a_file_name_that_is_no_text(run: Run, describer: Describer) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    Path("00.png").rename(name)
+    Path("boxes.json").write_text(json.dumps({name: [[1, 2, 3, 4]]}))
+    for style in ("text", "json", "jsonl"):
+        options = ["--boxes", "boxes.json", "--format", style, "--out", f"o.{style}"]
+        assert run(name, *options, "--picture", "p.png")[0] == 0
+        assert Path(f"o.{style}").read_bytes().count(rb"caf\udce9.png") == 1
+    assert json.loads(Path("o.jsonl").read_text())["image"] == name
+
+
+def test_results_go_through_a_device(run: Run, folder: Path) -> None:
+    # A terminal of the test's own: a mistake would replace /dev/null for everybody.
+    main, terminal = os.openpty()
+    name = os.ttyname(terminal)
+    assert run("00.png", "--no-picture", "--out", name)[:2] == (0, f"written: {name}\n")
+    assert os.read(main, 10_000).startswith(b"00.png  1 region")
+    assert Path(name).is_char_device()
+    code, _, err = run("00.png", "--format", "jsonl", "--out", name)
+    assert code == 2
+    assert f"{name} is not a regular file" in err
+    assert made(folder) == []
+    for descriptor in (main, terminal):
+        os.close(descriptor)
+
+
+def test_lines_of_skipped_images_are_resumed(run: Run, describer: Describer, folder: Path) -> None:
+    for name in ("03.png", "36.png"):
+        Path(name).write_text("text")
+    describer.interrupt_at = "35.png"
+    command = [*IMAGES, "--format", "jsonl", "--out", "out.jsonl", "--skip-bad"]
+    assert run(*command)[0] == 130
+    describer.interrupt_at = None
+    code, _, err = run(*command, "--resume")
+    assert code == 0
+    assert err.splitlines()[-1] == "2 of 40 images skipped."
+    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [entry["image"] for entry in found] == IMAGES
+    assert [entry["image"] for entry in found if "error" in entry] == ["03.png", "36.png"]
+    assert made(folder) == ["out.jsonl"]
 
 
 def test_masks(run: Run, describer: Describer) -> None:
@@ -229,7 +283,16 @@ def test_an_error_leaves_no_output(run: Run, describer: Describer, folder: Path,
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["none.png"], "there is no image file none.png"),
+        (["none.png"], "Image file 'none.png' does not exist"),
+        (["sub"], "'sub' is a folder"),
+        (["00.png", "--out", ""], "is a folder"),
+        (["00.png", "--out", "x.png", "--picture", "x.png"], "two results would be written to x.png"),
+        (["00.png", "--picture", "x.png", "--show-views", "sub/../x.png"], "two results would be written to sub/../x"),
+        (["00.png", "--out", "01.png/x"], "01.png is a file, so nothing can be written in it"),
+        (["00.png", "01.png", "--out", "p", "--picture", "p"], "p is a file, so nothing can be written in it"),
+        (["00.png", "01.png", "--picture", "02.png"], "--picture 02.png is a file; several images are given"),
+        (["00.png", "sub/00.png", "--boxes", "bare.json"], "'00.png' fits both 00.png and sub/00.png; name each by"),
+        (["00.png", "--boxes", "twice.json"], "twice.json has '00.png' twice"),
         (["00.png", "--box", "1,2,3"], "--box '1,2,3' is not four numbers"),
         (["00.png", "--box", "1,2,3,x"], "--box '1,2,3,x' is not four numbers"),
         (["00.png", "--views", "0,half.5"], "--views '0,half.5' is not task, auto or numbers"),
@@ -255,6 +318,8 @@ def test_bad_arguments(run: Run, folder: Path, arguments: list[str], sentence: s
         Image.new("RGB", (8, 8)).save(copy)
     Path("number.json").write_text("3")
     Path("other.json").write_text('{"000.png": 4}')
+    Path("bare.json").write_text('{"00": [], "00.png": [], "01.png": []}')
+    Path("twice.json").write_text('{"00.png": [[1, 2, 3, 4]], "01.png": [], "00.png": []}')
     before = made(folder)
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")

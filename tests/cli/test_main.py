@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,18 +56,30 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["descibe"], "Did you mean 'describe'"),
+        (["descibe"], "Did you mean 'describe'?"),
         (["describe", "x.png", "--boxs", "b.json"], "--boxes"),
-        (["describe"], "Missing argument"),
+        (["describe"], "see `foveate describe --help`."),
         (["describe", "x.png", "--beams", "many"], "Invalid value for '--beams'"),
-        (["evaluate", "recipe.yaml"], "Missing option '--model'"),
-        (["world", "scene"], "Did you mean 'scenes'"),
+        (["describe", "x.png", "--box"], "'--box'"),
+        (["evaluate", "recipe.yaml"], "Missing option '--model'; see `foveate evaluate --help`."),
+        (["world", "scene"], "Did you mean 'scenes'?"),
+        (["--modl"], "No such option: --modl"),
     ],
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
+    assert err.startswith("foveate: ")
+    assert len(err.splitlines()) == 1
     assert sentence in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["world"]])
+def test_nothing_asked_shows_the_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert "Usage: foveate" in out + err
+    assert "--help" in out + err
 
 
 ERRORS = [
@@ -73,11 +89,11 @@ ERRORS = [
     (InputError("\x1b[31mred.png\x07 is not an image."), "foveate: \ufffd[31mred.png\ufffd is not an image.\n"),
     (
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        "foveate: no space left on device; the output was not written, mend this and run the command again.\n",
+        "foveate: no space left on device; mend this and run the command again.\n",
     ),
     (
         PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/a/out.json"),
-        "foveate: permission denied (/a/out.json); the output was not written, mend this and run the command again.\n",
+        "foveate: permission denied (/a/out.json); mend this and run the command again.\n",
     ),
 ]
 
@@ -108,7 +124,72 @@ def test_debug_shows_the_traceback(failing: BaseException) -> None:
 
 @pytest.mark.parametrize("failing", [KeyboardInterrupt()], indirect=True)
 def test_interruption(capsys: pytest.CaptureFixture[str], failing: BaseException) -> None:
-    assert run(capsys, "evaluate", "recipe.yaml", "--model", "m")[0] == 130
+    assert run(capsys, "evaluate", "recipe.yaml", "--model", "m") == (130, "", "foveate: interrupted.\n")
+
+
+@pytest.mark.parametrize("failing", [ERRORS[0][0]], indirect=True)
+def test_handlers_of_signals_are_put_back(capsys: pytest.CaptureFixture[str], failing: BaseException) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    assert run(capsys, "evaluate", "recipe.yaml", "--model", "m")[0] == 2
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes under /proc")
+@pytest.mark.parametrize(
+    ("number", "code", "sentence"),
+    [
+        (signal.SIGTERM, 143, "ended by SIGTERM."),
+        (signal.SIGHUP, 129, "ended by SIGHUP."),
+        (signal.SIGINT, 130, "interrupted."),
+    ],
+)
+def test_a_signal_leaves_neither_files_nor_processes(
+    tmp_path: Path, number: signal.Signals, code: int, sentence: str
+) -> None:
+    arguments = ["world", "scenes", "--out", "made/out", "--count", "100000", "--size", "32", "--processes", "2"]
+    script = f"from foveate.cli import main\nif __name__ == '__main__': main({arguments})"
+    (tmp_path / "script.py").write_text(script)
+    run = subprocess.Popen(
+        [sys.executable, "script.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for _ in range(1200):
+        if any(tmp_path.glob("made/.out.*/VG_100K/*.png")):
+            break
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # as a terminal does: the renderers must not answer for themselves
+    else:
+        run.send_signal(number)
+        run.send_signal(number)  # as `timeout` does
+    _, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (code, f"foveate: {sentence}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+    for _ in range(300):
+        if not any(of_group(run.pid)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{[*of_group(run.pid)]} still run")
+
+
+def of_group(group: int) -> Iterator[str]:
+    """Running processes of a group, without those that have ended and that nobody has waited for."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, rest = path.read_text().rpartition(")")
+            state, _, its_group = rest.split()[:3]
+            if int(its_group) == group and state != "Z":
+                yield name
+
+
+def test_progress_bars_of_weights_are_off_and_those_of_downloads_on(capsys: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
+
+    for verb in (["train", "none.yaml"], ["evaluate", "none.yaml", "--model", "clip-world"]):
+        enable_progress_bar()
+        assert run(capsys, *verb)[0] == 2
+        assert not is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
 
 
 @pytest.mark.parametrize("failing", [ZeroDivisionError()], indirect=True)

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Annotated, NoReturn
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from foveate.cli import describe, evaluate, train, world
+from foveate.cli import convert, describe, evaluate, train, world
+from foveate.cli.options import one_line
 from foveate.errors import FoveateError
 
 # Plain help and errors: they can be searched, piped and read by a screen reader, and rich is not imported for them.
@@ -29,6 +34,10 @@ app.command("describe")(describe.describe)
 app.add_typer(world.app, name="world")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.add_typer(convert.app, name="convert")
+
+# typer carries a copy of click from some version on, so the error is found through one that it gives out.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _version(wanted: bool) -> None:
@@ -52,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits.
 
     The exit code is 0 if all went well, 2 for anything that the user can mend (one sentence on stderr says what), 130
-    after Ctrl-C. A fault of foveate itself keeps its traceback, which `--debug` shows for the others too.
+    after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. A fault of foveate itself keeps its traceback, which `--debug`
+    shows for the others too.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -63,8 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
+    code = 0
     try:
-        typer.main.get_command(app).main(args=arguments, prog_name="foveate")
+        with _ending_cleanly():
+            # Not standalone: typer would print a usage error in three lines, and nothing after Ctrl-C.
+            code = typer.main.get_command(app).main(args=arguments, prog_name="foveate", standalone_mode=False) or 0
+    except _UsageError as error:
+        _fail_usage(error)
     except FoveateError as error:
         if debug:
             raise
@@ -77,16 +92,60 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if debug:
             raise
         _fail("the memory of this machine is not enough; give a smaller --batch-size or fewer regions at a time.")
-    except KeyboardInterrupt:
-        _fail("interrupted.", code=130)
-    sys.exit(0)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except _Ended as ended:
+        _fail(f"ended by {signal.Signals(ended.number).name}.", code=128 + ended.number)
+    if code == 130:
+        _fail("interrupted.", code)
+    sys.exit(code)
+
+
+class _Ended(SystemExit):
+    """A signal asked the program to end. Like any exception it lets everything clean up on its way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGHUP raise `_Ended`, so that no half-written file and no process is left."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        # `timeout` and others send it twice, and the second must not break off the cleaning up.
+        signal.signal(number, signal.SIG_IGN)
+        raise _Ended(number)
+
+    numbers: list[int] = []
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        # What the caller handles, or ignores as `nohup` does, stays so.
+        numbers = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """A misspelt verb or option, a missing or wrong value: click's sentence, and where to look."""
+    message = error.format_message()
+    if "\n" in message:  # nothing was asked for, and the message is the help
+        error.show()
+        sys.exit(error.exit_code)
+    if not message.endswith("?"):  # "Did you mean ...?" says already what to do
+        command = error.ctx.command_path if error.ctx is not None else "foveate"
+        message = f"{message.rstrip('.')}; see `{command} --help`."
+    _fail(message)
 
 
 def _fail(sentence: str, code: int = 2) -> NoReturn:
-    # One line whatever the message quotes, and no control characters of a hostile file name on the terminal.
-    line = " ".join(sentence.split())
-    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
-    print(f"foveate: {line}", file=sys.stderr)
+    print(f"foveate: {one_line(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -94,4 +153,4 @@ def _os_sentence(error: OSError) -> str:
     """What the operating system refused, as one sentence."""
     reason = error.strerror or str(error) or type(error).__name__
     what = f" ({error.filename})" if error.filename is not None else ""
-    return f"{reason[:1].lower()}{reason[1:]}{what}; the output was not written, mend this and run the command again."
+    return f"{reason[:1].lower()}{reason[1:]}{what}; mend this and run the command again."

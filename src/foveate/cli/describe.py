@@ -7,13 +7,14 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.options import Debug, Device, DType, Progress, progress_bar
+from foveate.cli.options import Debug, Device, DType, Progress, hide_weight_bars, one_line, progress_bar
 from foveate.errors import InputError
 from foveate.files import ResumableLines, atomic_write
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "json", "jsonl")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_Job = tuple[Path, Any, Path | None, Path | None]  # image, its boxes, annotated picture, picture of the views
 IMAGES_PER_CALL = 16  # so many images are in memory at once, and so often finished lines reach the file
 
 
@@ -39,12 +41,17 @@ def describe(
             "--boxes",
             metavar="FILE.json",
             help='Regions, xyxy pixels (not x, y, width, height): {"image name": [[x0, y0, x1, y1], ...]}, or the list '
-            "alone when one image is given.",
+            "alone when one image is given. Images of one name in two folders are named by their paths.",
         ),
     ] = None,
     mask: Annotated[
         list[Path] | None,
-        typer.Option("--mask", metavar="FILE.png", help="A region as a mask of the image's size; may be repeated."),
+        typer.Option(
+            "--mask",
+            metavar="FILE.png",
+            help="A region as a mask of the image's size: what is not zero (the index in a palette image); may be "
+            "repeated.",
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="Propose the regions, then describe them.")] = False,
     tasks: Annotated[str, typer.Option("--tasks", help="What to say, by commas.")] = "caption,tags,attributes,category",
@@ -65,12 +72,21 @@ def describe(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run that wrote jsonl to --out.")
     ] = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad",
+            help="Go on after an image that cannot be read or whose boxes are wrong; the error is said on stderr and "
+            "stands in the result.",
+        ),
+    ] = False,
     picture: Annotated[
         Path | None,
         typer.Option(
             "--picture",
-            help="Annotated picture to write; a folder when several images are given. By default, the text of one "
-            "image comes with IMAGE-described.png in the current folder.",
+            help="Annotated picture to write or replace; a folder when several images are given. By default, the text "
+            "of one image comes with IMAGE-described.png in the current folder, or IMAGE-described-2.png and so on "
+            "where there is such a file.",
         ),
     ] = None,
     no_picture: Annotated[bool, typer.Option("--no-picture", help="Write no annotated picture.")] = False,
@@ -88,9 +104,10 @@ def describe(
 
     Without --box, --boxes, --mask or --everything, the whole image is described.
     """
-    for image in images:
-        if not image.is_file():
-            raise InputError(f"there is no image file {image}; check the name.")
+    from foveate.vision.images import check_image_file, load_mask
+
+    for image in images if not skip_bad else ():
+        check_image_file(image)
     if style not in FORMATS:
         from foveate.checkpoints import suggestion
 
@@ -100,11 +117,11 @@ def describe(
     if no_picture and picture is not None:
         raise InputError("--picture and --no-picture contradict each other; leave one out.")
     if picture is None and not no_picture and style == "text" and len(images) == 1:
-        picture = Path(f"{images[0].stem}-described.png")
+        picture = _free_name(Path(f"{images[0].stem}-described.png"))
     annotated = _pictures(picture, images, "described", "--picture")
     looked_at = _pictures(show_views, images, "views", "--show-views")
     written = [path for path in (out, *annotated, *looked_at) if path is not None]
-    _refuse_to_overwrite(written, [*images, *(mask or []), *([boxes] if boxes else [])])
+    _check_outputs(written, [*images, *(mask or []), *([boxes] if boxes else [])])
     regions = _regions(images, box or [], boxes, mask or [])
 
     options = {
@@ -115,28 +132,30 @@ def describe(
         "everything": everything,
     }
     pending = list(zip(images, regions, annotated, looked_at, strict=True))
+    skipped: list[_Job] = []
+    skipped_before = 0
     if style == "jsonl" and out is not None:
         key = json.dumps([[os.fspath(image) for image in images], _digest(regions), options, model, dtype])
         lines = ResumableLines(out, key=key, resume=resume)
         pending = pending[len(lines.finished) :]
+        skipped_before = sum("error" in json.loads(line) for line in lines.finished)
     else:
         lines = None
-    masks = [_load_mask(path) for path in mask or []]
-
-    from transformers.utils.logging import disable_progress_bar
+    masks = [load_mask(path) for path in mask or []]
 
     from foveate.checkpoints import find_checkpoint
     from foveate.methods import load
 
     folder = find_checkpoint(model)
-    disable_progress_bar()  # a bar for each file of weights; that of a download, one line up, is worth showing
+    hide_weight_bars()
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", UserWarning)
         describer = load(folder, device=device, dtype=dtype)
     for note in notes:
         print(f"note: {note.message}", file=sys.stderr)
     with progress_bar("regions" if len(images) == 1 else "images") as progress:
-        described = _describe(describer, pending, masks, progress, {**options, "batch_size": batch_size})
+        options["batch_size"] = batch_size  # not before: the lines to resume do not depend on it
+        described = _describe(describer, pending, masks, progress, options, skipped if skip_bad else None)
         if lines is not None:
             _write_lines(lines, described)
         elif out is not None:
@@ -149,8 +168,12 @@ def describe(
                 print(part, end="", flush=True)
     # What was asked for may be piped on; where it went is news for the person.
     news = sys.stdout if style == "text" else sys.stderr
+    not_drawn = {path for job in skipped for path in job[2:]}
     for path in written:
-        print(f"written: {path}", file=news)
+        if path not in not_drawn:
+            print(f"written: {path}", file=news)
+    if skipped or skipped_before:
+        print(f"{len(skipped) + skipped_before} of {len(images)} images skipped.", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- arguments
@@ -197,14 +220,24 @@ def _regions(images: Sequence[Path], box: list[str], boxes: Path | None, masks: 
                 'write {"image name": [[x0, y0, x1, y1], ...], ...}.'
             )
         return [common + listed]
-    return [common + _boxes_of(image, listed, boxes) for image in images]
+    return [common + found for found in _boxes_of(images, listed, boxes)]
 
 
 def _read_boxes(path: Path) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        for name in names if len(names) < len(pairs) else ():
+            if sum(other == name for other, _ in pairs) > 1:
+                raise InputError(f"{path} has {name!r} twice; put all boxes of an image into one list.")
+        return names
+
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        # As a plain dictionary, the second list of an image would replace the first in silence.
+        listed = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}; --boxes takes a JSON file of xyxy boxes.") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); --boxes takes a JSON file of xyxy boxes.") from None
     if not isinstance(listed, list | dict):
@@ -212,24 +245,29 @@ def _read_boxes(path: Path) -> Any:
     return listed
 
 
-def _boxes_of(image: Path, listed: dict[str, Any], file: Path) -> list[Any]:
-    for name in (os.fspath(image), image.name, image.stem):
-        if name in listed:
-            if not isinstance(listed[name], list):
-                raise InputError(f"{file}: the boxes of {name!r} are not a list; write [[x0, y0, x1, y1], ...].")
-            return listed[name]
-    from foveate.checkpoints import suggestion
+def _boxes_of(images: Sequence[Path], listed: dict[str, Any], file: Path) -> Iterator[list[Any]]:
+    taken: dict[str, Path] = {}
+    for image in images:
+        name = next((name for name in (os.fspath(image), image.name, image.stem) if name in listed), None)
+        if name is None:
+            from foveate.checkpoints import suggestion
 
-    raise InputError(f"{file} has no boxes for {image.name}{suggestion(image.name, listed)}; add it, or an empty list.")
+            raise InputError(
+                f"{file} has no boxes for {image.name}{suggestion(image.name, listed)}; add it, or an empty list."
+            )
+        if taken.setdefault(name, image) != image:
+            raise InputError(
+                f"{file}: {name!r} fits both {taken[name]} and {image}; name each by its path as you give it."
+            )
+        if not isinstance(listed[name], list):
+            raise InputError(f"{file}: the boxes of {name!r} are not a list; write [[x0, y0, x1, y1], ...].")
+        yield listed[name]
 
 
-def _load_mask(path: Path) -> Any:
-    """(H, W) bool: whatever is not black."""
-    import numpy as np
-
-    from foveate.vision.images import load_image
-
-    return np.asarray(load_image(path)).any(axis=-1)
+def _free_name(path: Path) -> Path:
+    """The path, with -2, -3, ... before its ending if there is such a file: nobody has asked for that one to go."""
+    names = (path.with_stem(f"{path.stem}-{number}" if number > 1 else path.stem) for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _pictures(path: Path | None, images: Sequence[Path], what: str, option: str) -> list[Path | None]:
@@ -240,20 +278,35 @@ def _pictures(path: Path | None, images: Sequence[Path], what: str, option: str)
         if path.suffix.lower() not in PICTURES:
             raise InputError(f"{option} {path} does not end in one of: {', '.join(PICTURES)}; give it such a name.")
         return [path]
-    pictures = [path / f"{image.stem}-{what}.png" for image in images]
-    for index, picture in enumerate(pictures):
-        if picture in pictures[:index]:
+    if path.is_file():
+        raise InputError(f"{option} {path} is a file; several images are given, so give a folder.")
+    pictures: dict[Path, None] = {}
+    for image in images:
+        picture = path / f"{image.stem}-{what}.png"
+        if picture in pictures:
             raise InputError(f"two images would both be drawn as {picture}; describe them in runs of their own.")
+        pictures[picture] = None
     return [*pictures]
 
 
-def _refuse_to_overwrite(written: Sequence[Path], read: Sequence[Path]) -> None:
-    inputs = {path.resolve() for path in read}
+def _check_outputs(written: Sequence[Path], read: Sequence[Path]) -> None:
+    """Says before the work what would go wrong after it."""
+    inputs = {os.path.realpath(path) for path in read}
+    outputs: set[str] = set()
     for path in written:
-        if path.resolve() in inputs:
+        place = os.path.realpath(path)
+        if place in inputs:
             raise InputError(f"{path} is an input and would be overwritten; give another name.")
         if path.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file to write.")
+        # A device takes any number of results.
+        if place in outputs and (path.is_file() or not path.exists()):
+            raise InputError(f"two results would be written to {path}; give each a name of its own.")
+        outputs.add(place)
+    for folder in {Path(place).parent for place in outputs}:
+        for above in (folder, *folder.parents):
+            if os.fspath(above) in outputs or above.is_file():
+                raise InputError(f"{above} is a file, so nothing can be written in it; give another name.")
 
 
 def _digest(regions: Any) -> str:
@@ -265,26 +318,72 @@ def _digest(regions: Any) -> str:
 
 def _describe(
     describer: Any,
-    pending: Sequence[tuple[Path, Any, Path | None, Path | None]],
+    pending: Sequence[_Job],
     masks: list[Any],
     progress: Progress,
     options: dict[str, Any],
-) -> Iterator[tuple[Path, Regions]]:
-    """Describes a few images at a time, writes their pictures, and gives them on."""
-    if len(pending) == 1:
-        [(image, boxes, annotated, looked_at)] = pending
-        regions = describer(image, boxes, masks or None, progress=progress, **options)
-        _draw(regions, annotated, looked_at)
-        yield image, regions
-        return
+    skipped: list[_Job] | None,
+) -> Iterator[tuple[Path, Regions | InputError]]:
+    """Describes a few images at a time, writes their pictures, and gives them on.
+
+    Args:
+        skipped: gets the images whose own fault stopped a call, and they are given on with it; None to stop there.
+    """
+
+    def call(part: Sequence[_Job]) -> list[Any]:
+        if len(pending) == 1:
+            return [describer(part[0][0], part[0][1], masks or None, progress=progress, **options)]
+        boxes = [job[1] for job in part]
+        return describer([job[0] for job in part], None if boxes[0] is None else boxes, **options)
+
     for start in range(0, len(pending), IMAGES_PER_CALL):
         part = pending[start : start + IMAGES_PER_CALL]
-        boxes = [entry[1] for entry in part]
-        listed = describer([entry[0] for entry in part], None if boxes[0] is None else boxes, **options)
-        for (image, _, annotated, looked_at), regions in zip(part, listed, strict=True):
-            _draw(regions, annotated, looked_at)
+        for job, regions in zip(part, _call_each(call, part, skip=skipped is not None), strict=True):
+            image, _, annotated, looked_at = job
+            if isinstance(regions, InputError):
+                print(f"skipped: {one_line(str(regions))}", file=sys.stderr)
+                assert skipped is not None
+                skipped.append(job)
+            else:
+                _draw(regions, annotated, looked_at)
             yield image, regions
-        progress(start + len(part), len(pending))
+        if len(pending) > 1:
+            progress(start + len(part), len(pending))
+
+
+def _call_each(
+    call: Callable[[Sequence[_Job]], list[Regions]], part: Sequence[_Job], *, skip: bool
+) -> Sequence[Regions | InputError]:
+    """The regions of each image. Where the call fails, its sentence does not say which image it is about: they are
+    looked at one by one, and with `skip` the good ones are described after all."""
+    try:
+        return call(part)
+    except InputError:
+        faults = [_fault(image, boxes) for image, boxes, *_ in part]
+        known = [fault for fault in faults if fault is not None]
+        if not known:
+            raise
+        if not skip:
+            raise known[0] from None
+    good = [job for job, fault in zip(part, faults, strict=True) if fault is None]
+    described = iter(call(good) if good else [])
+    return [next(described) if fault is None else fault for fault in faults]
+
+
+def _fault(image: Path, boxes: Any) -> InputError | None:
+    """What is wrong with an image file or its boxes."""
+    from foveate.ops.boxes import validate_boxes
+    from foveate.vision.images import load_image
+
+    try:
+        width, height = load_image(image).size
+    except InputError as error:
+        return error
+    try:
+        validate_boxes([] if boxes is None else boxes, (height, width))
+    except InputError as error:
+        return InputError(f"{image}: {error}")
+    return None
 
 
 def _draw(regions: Regions, annotated: Path | None, looked_at: Path | None) -> None:
@@ -300,7 +399,7 @@ def _save(picture: Image.Image, path: Path) -> None:
         picture.save(file, format=name)
 
 
-def _write_lines(lines: ResumableLines, described: Iterator[tuple[Path, Regions]]) -> None:
+def _write_lines(lines: ResumableLines, described: Iterator[tuple[Path, Regions | InputError]]) -> None:
     try:
         with lines:
             for image, regions in described:
@@ -310,18 +409,21 @@ def _write_lines(lines: ResumableLines, described: Iterator[tuple[Path, Regions]
             print(f"finished lines are kept in {lines.partial}; --resume continues from there.", file=sys.stderr)
 
 
-def _rendered(described: Iterator[tuple[Path, Regions]], style: str) -> Iterator[str]:
+def _rendered(described: Iterator[tuple[Path, Regions | InputError]], style: str) -> Iterator[str]:
     if style == "json":
         yield json.dumps([_record(image, regions) for image, regions in described], indent=2) + "\n"
     for image, regions in described:
         yield json.dumps(_record(image, regions)) + "\n" if style == "jsonl" else _text(image, regions)
 
 
-def _record(image: Path, regions: Regions) -> dict[str, Any]:
-    return {"image": os.fspath(image), **regions.to_dict()}
+def _record(image: Path, regions: Regions | InputError) -> dict[str, Any]:
+    found = {"error": str(regions)} if isinstance(regions, InputError) else regions.to_dict()
+    return {"image": os.fspath(image), **found}
 
 
-def _text(image: Path, regions: Regions) -> str:
+def _text(image: Path, regions: Regions | InputError) -> str:
+    if isinstance(regions, InputError):
+        return f"{image}  skipped: {one_line(str(regions))}\n"
     lines = [f"{image}  {len(regions)} region{'s' * (len(regions) != 1)}"]
     for number, region in enumerate(regions, start=1):
         box = ", ".join(f"{value:g}" for value in region.box)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug
+from foveate.cli.options import Debug, hide_weight_bars
 from foveate.cli.tables import print_evaluation
 
 
@@ -26,4 +26,5 @@ def evaluate(
     from foveate.checkpoints import find_checkpoint
     from foveate.training.runner import evaluate as run
 
+    hide_weight_bars()
     print_evaluation(run(recipe, find_checkpoint(model), overrides or [], out=out))

@@ -23,6 +23,12 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int) -> None: ...
 
 
+def one_line(sentence: str) -> str:
+    """One line whatever the sentence quotes, and no control characters of a hostile file name on the terminal."""
+    line = " ".join(sentence.split())
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
     """A bar on a terminal; a log line every few seconds otherwise; both on stderr, for stdout is the result."""
@@ -54,3 +60,14 @@ class _LogLines:
             self._last = now
             line = f"{time.strftime('%H:%M:%S')} {self._what}: {done} of {total} ({now - self._started:.0f} s)"
             print(line, file=sys.stderr, flush=True)
+
+
+def hide_weight_bars() -> None:
+    """Turns off transformers' bar for each file of weights; that of a download, which takes minutes, stays."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    unwanted = are_progress_bars_disabled()
+    disable_progress_bar()  # those of huggingface_hub, too
+    if not unwanted:
+        enable_progress_bars()

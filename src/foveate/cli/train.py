@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug
+from foveate.cli.options import Debug, hide_weight_bars
 from foveate.cli.tables import print_training
 
 
@@ -28,4 +28,5 @@ def train(
     """
     from foveate.training.runner import train as run
 
+    hide_weight_bars()
     print_training(run(recipe, overrides or [], resume=resume, out=out))
