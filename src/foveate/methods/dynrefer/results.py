@@ -48,7 +48,7 @@ class View:
 
 @dataclass(frozen=True)
 class Region:
-    """A described region. What was not asked for is None or empty; all scores are probabilities.
+    """A described region. What was not asked for is None or empty; scores are probabilities, logits are not.
 
     Attributes:
         box: xyxy pixels.
@@ -56,6 +56,7 @@ class Region:
         tags, tag_scores: tags above the model's threshold, best first; the scores of all tags.
         attributes, attribute_scores: attributes above the model's threshold, best first; the scores of all.
         category, category_score, category_scores: best class, its probability, and those of all classes.
+        category_logits: the raw scores of all classes, which unlike the probabilities compare between regions.
         score: confidence of the proposal where the region was found by the describer itself.
         views: the crops that the model looked at.
     """
@@ -70,6 +71,7 @@ class Region:
     category: str | None = None
     category_score: float | None = None
     category_scores: dict[str, float] = field(default_factory=dict, repr=False)
+    category_logits: dict[str, float] = field(default_factory=dict, repr=False)
     score: float | None = None
     views: tuple[View, ...] = field(default=(), repr=False)
 
