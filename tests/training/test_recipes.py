@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.errors import RecipeError
@@ -116,6 +116,18 @@ def test_an_unknown_key_is_named_before_the_key_that_it_leaves_missing(tmp_path)
         ("training.max_steps", "is not of the form section.key=value"),
         ("=3", "is not of the form section.key=value"),
         ("training..epochs=3", "is not of the form section.key=value"),
+        ("training" + ".a" * 150 + "=3", "unknown key 'training.a'"),
+        ("training" + ".a" * 3000 + "=3", "nested too deeply"),
+        ("training.epochs=0x1" + "f" * 9000, "give a smaller one"),
+        ("training.epochs=1" + "0" * 400, "training.epochs should be"),
+        ("training.max_steps=1" + "0" * 400, "training.max_steps should be less than or equal to 1000000000"),
+        ("training.epochs=1e300", "training.epochs should be less than or equal to 1000000"),
+        (
+            "data.train.root=~nobody-of-this-name/x",
+            "data.train.root: the path ~nobody-of-this-name/x starts in the home",
+        ),
+        ('data.train.root="\\uDCFF"', "text that is not Unicode"),
+        ("data.train.root=\udcff", "special characters are not allowed"),
     ],
 )
 def test_wrong_values_and_overrides(tmp_path, override, expected):
@@ -137,6 +149,14 @@ def test_wrong_values_and_overrides(tmp_path, override, expected):
         ("3: 4\n", "line 1 has the key 3, which is not a word"),
         ("[" * 5000, "nested too deeply"),
         ("x: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+        ("a: 1\nx: !!binary aGVsbG8=\n", "line 2 has the tag 'tag:yaml.org,2002:binary'; write the value without it"),
+        ("x: !!set {a, b}\n", "has the tag"),
+        ("x: !!timestamp 2024-01-01\n", "has the tag"),
+        ("x: !!timestamp foo\n", "has the tag"),
+        ("x: !!bool foo\n", "has the tag"),
+        ("x: !!omap [a: 1]\n", "has the tag"),
+        ("!!map {method: example}\n", "has the tag"),
+        ("? !!binary YQ==\n: 1\n", "has the tag"),
         ("training: {max_steps: 1}\n", "the key 'method' is missing"),
         ("method: 5\ntraining: {max_steps: 1}\n", "method should be a valid string, but it is 5."),
     ],
@@ -157,6 +177,12 @@ def test_files_that_are_no_recipe(tmp_path):
     (tmp_path / "huge.yaml").write_text("#" * 1_000_001)
     with pytest.raises(RecipeError, match="1,000,001 bytes"):
         load_recipe(tmp_path / "huge.yaml")
+    with pytest.raises(RecipeError, match="/dev/zero is not a regular file"):
+        load_recipe("/dev/zero")
+    with pytest.raises(RecipeError, match="cannot be read: File name too long"):
+        load_recipe("x" * 5000)
+    with pytest.raises(RecipeError, match="is not the name of a file"):
+        load_recipe("a\0b")
 
 
 def test_the_method_is_looked_up_in_the_registry(tmp_path):
@@ -176,6 +202,7 @@ def test_paths_expand_home_and_environment(tmp_path, monkeypatch):
     assert recipe.output == Path.home() / "runs"
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         TrainingSettings,

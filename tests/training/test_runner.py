@@ -41,7 +41,8 @@ def evaluate(recipe, model_path):
     samples = [NoisyLine(recipe.data.length)[index] for index in range(recipe.data.length)]
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("x", "y")}
     with torch.inference_mode():
-        return {"error": model(**batch).losses["error"].item(), "samples": len(samples)}
+        error = model(**batch).losses["error"].item()
+    return {"error": error, "samples": len(samples), "parts": {"none": float("nan"), "all": [float("inf"), 0.5]}}
 """
 RECIPE = """
 method: tiny
@@ -81,7 +82,8 @@ def test_train_then_evaluate(recipe, tmp_path):
     assert trained.metrics["samples"] == 96
     assert trained.metrics["error"] < 0.5 * untrained.metrics["error"]
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert written["metrics"] == untrained.metrics
+    assert written["metrics"].pop("parts") == {"none": None, "all": [None, 0.5]}, "JSON has neither NaN nor infinity"
+    assert written["metrics"] == {name: untrained.metrics[name] for name in ("error", "samples")}
     assert written["method"] == "tiny"
 
 
@@ -115,3 +117,5 @@ def test_mistakes(recipe):
         evaluate(recipe, "nowhere")
     with pytest.raises(RecipeError, match="should be greater than 0"):
         evaluate(recipe, "nowhere", ["training.max_steps=0"])
+    with pytest.raises(RecipeError, match=r"output: .*world\.yaml is a file; give the name of a folder"):
+        train(recipe, out=recipe)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -41,6 +42,10 @@ def assert_same_weights(first, second) -> None:
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_learns_and_leaves_what_it_promises(whole_run):
@@ -125,15 +130,48 @@ def test_a_finished_run_may_be_replaced(tiny, tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_an_error(tiny, whole_run, tmp_path, name):
-    damaged = tmp_path / "checkpoint-32"
-    damaged.mkdir()
-    for file in (whole_run.output / "checkpoints" / "checkpoint-32").iterdir():
-        (damaged / file.name).write_bytes(file.read_bytes())
-    truncate(damaged / name)
-    with pytest.raises(CheckpointError, match=f"{name} (cannot be read|is missing or truncated)"):
-        run(tiny.make_task(), tiny.make_settings(), tmp_path / "out", tiny.SEED, resume=damaged)
+def _garbage_inside(path: Path) -> None:
+    torch.save({"python": 1, "state": "not a state"}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "sentence"),
+    [
+        ("model.safetensors", truncate, "cannot be read"),
+        ("optimizer.pt", truncate, "is missing or truncated"),
+        ("optimizer.pt", _garbage_inside, "is damaged or of another model"),
+        ("scheduler.pt", Path.unlink, "is missing or truncated"),
+        ("trainer_state.json", truncate, "cannot be read"),
+        ("trainer_state.json", lambda path: path.write_text('{"global_step": "32"}'), "global_step is '32'"),
+        ("trainer_state.json", lambda path: path.write_text('{"global_step": 32, "zebra": 1}'), "'zebra'"),
+        ("rng_state.pth", Path.unlink, "is missing; resume on as many processes"),
+        ("rng_state.pth", truncate, "cannot be read"),
+        ("rng_state.pth", lambda path: path.write_bytes(b"garbage"), "cannot be read"),
+        ("rng_state.pth", _garbage_inside, "cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error_and_the_run_stays_as_it_was(
+    tiny, whole_run, tmp_path, name, damage, sentence
+):
+    output = tmp_path / "out"
+    shutil.copytree(whole_run.output, output)
+    (output / "recipe.yaml").write_text("of the first start")
+    newest = output / "checkpoints" / "checkpoint-40"
+    damage(newest / name)
+    before = contents(output)
+
+    def save_recipe(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text("of the resume")
+
+    with pytest.raises(CheckpointError, match=f"({name}|optimiser state) .*{sentence}") as caught:
+        run(tiny.make_task(), tiny.make_settings(max_steps=60), output, tiny.SEED, True, save_recipe)
+    assert contents(output) == before
+    # What the sentence advises.
+    assert f"delete the folder {newest} to resume from the checkpoint before it" in str(caught.value)
+    shutil.rmtree(newest)
+    resumed = run(tiny.make_task(), tiny.make_settings(), output, tiny.SEED, True, save_recipe)
+    assert resumed.history == whole_run.history
+    assert (output / "recipe.yaml").read_text() == "of the resume"
 
 
 def test_a_checkpoint_of_another_model_is_an_error(tiny, whole_run, tmp_path):

@@ -11,6 +11,8 @@ import difflib
 import json
 import os
 import re
+import reprlib
+import stat
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -24,10 +26,17 @@ from foveate.errors import InputError, RecipeError
 from foveate.files import atomic_write
 
 MAX_RECIPE_BYTES = 1_000_000
+LARGEST = 10**9
+"""What a count in a recipe may be at most: no machine does more, and larger ones overflow where torch takes them."""
 
 
 def _expand_path(path: Path) -> Path:
-    expanded = os.path.expandvars(path.expanduser())
+    try:
+        expanded = os.path.expandvars(path.expanduser())
+    except RuntimeError:
+        raise ValueError(
+            f"the path {path} starts in the home folder of a user that this system does not have"
+        ) from None
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
         raise ValueError(f"the environment variable {unset.group(1)} of the path {path} is not set")
@@ -47,25 +56,27 @@ class RecipeSection(BaseModel):
 class TrainingSettings(RecipeSection):
     """What the loop itself needs; the same section in the recipe of every method."""
 
-    max_steps: int | None = Field(None, gt=0, description="optimiser steps; with `epochs` too, whichever ends first")
-    epochs: float | None = Field(None, gt=0, description="passes over the training set")
-    batch_size: int = Field(32, gt=0, description="samples per device and forward pass")
-    gradient_accumulation: int = Field(1, gt=0, description="forward passes per optimiser step")
+    max_steps: int | None = Field(
+        None, gt=0, le=LARGEST, description="optimiser steps; with `epochs` too, whichever ends first"
+    )
+    epochs: float | None = Field(None, gt=0, le=1e6, description="passes over the training set")
+    batch_size: int = Field(32, gt=0, le=LARGEST, description="samples per device and forward pass")
+    gradient_accumulation: int = Field(1, gt=0, le=LARGEST, description="forward passes per optimiser step")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for linear layers, AdamW for the rest")
     matrix_learning_rate: float = Field(0.02, ge=0, description="of Muon, where `optimizer` is muon")
     learning_rate: float = Field(1e-4, ge=0, description="the highest one, before schedule and warm-up")
     weight_decay: float = Field(0.05, ge=0, description="of parameters with two or more dimensions")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    warmup_steps: int = Field(0, ge=0, description="optimiser steps of linear rise to `learning_rate`")
+    warmup_steps: int = Field(0, ge=0, le=LARGEST, description="optimiser steps of linear rise to `learning_rate`")
     schedule: Literal["constant", "cosine", "cosine_per_epoch", "linear"] = "cosine"
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / `learning_rate`")
     max_grad_norm: float = Field(0.0, ge=0, description="gradient clipping by the global L2 norm; 0 is off")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    log_every: int = Field(50, gt=0, description="optimiser steps between two logged losses")
+    log_every: int = Field(50, gt=0, le=LARGEST, description="optimiser steps between two logged losses")
     save_every: int = Field(
-        500, ge=0, description="optimiser steps between two checkpoints; 0 writes none to resume from"
+        500, ge=0, le=LARGEST, description="optimiser steps between two checkpoints; 0 writes none to resume from"
     )
-    keep_checkpoints: int = Field(2, gt=0, description="how many of the newest checkpoints stay")
+    keep_checkpoints: int = Field(2, gt=0, le=LARGEST, description="how many of the newest checkpoints stay")
     workers: int = Field(0, ge=0, le=256, description="data-loading processes")
     progress: bool = Field(True, description="a progress bar on a terminal; log lines otherwise")
 
@@ -115,6 +126,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), schema: type[Re
         return schema.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise RecipeError(f"{path}: {_sentence(error, schema)}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: its keys are nested too deeply; a recipe has a few levels.") from None
+    except ValueError as error:  # Python writes no whole number of more than some thousand digits
+        raise RecipeError(f"{path}: a value cannot be used ({error}); give a smaller one.") from None
 
 
 def recipe_module(method: str) -> types.ModuleType:
@@ -135,12 +150,17 @@ def _schema_of(method: Any, path: Path) -> type[Recipe]:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-4 is a number, a key given twice is an error, dates stay text, no aliases."""
+    """YAML as people expect it: 1e-4 is a number, dates stay text, no key twice, no aliases, no tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(f"line {event.start_mark.line + 1} uses an alias; write the value out")
+        if getattr(event, "tag", None) is not None:
+            # Tags make bytes, sets and dates, which no recipe has, and fail in many ways on what they do not fit.
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1} has the tag {event.tag!r}; write the value without it"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -180,21 +200,24 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if "\0" in str(path):
+        raise RecipeError(f"{str(path)!r} is not the name of a file; give the YAML file of a recipe.")
     try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise RecipeError(f"{path} is a folder; give the YAML file of a recipe.")
-        if size > MAX_RECIPE_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise RecipeError(f"{path} is {kind}; give the YAML file of a recipe.")
+        if status.st_size > MAX_RECIPE_BYTES:
             raise RecipeError(
-                f"{path} has {size:,} bytes, more than any recipe ({MAX_RECIPE_BYTES:,}); is it another file?"
+                f"{path} has {status.st_size:,} bytes, more than any recipe ({MAX_RECIPE_BYTES:,}); is it another file?"
             )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"There is no recipe {path}{_nearby_recipe(path)}.") from None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise RecipeError(f"{path} is not a text file in UTF-8; give the YAML file of a recipe.") from None
     except OSError as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from None
+        raise RecipeError(f"The recipe {reprlib.repr(str(path))} cannot be read: {error.strerror}.") from None
     try:
         data = _parse_yaml(text)
     except RecipeError as error:
@@ -218,7 +241,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(
-            f"The override {override!r} is not of the form section.key=value, as in training.max_steps=200."
+            f"The override {reprlib.repr(override)} is not of the form section.key=value, as in training.max_steps=200."
         )
     try:
         value = _parse_yaml(text)
@@ -286,6 +309,11 @@ def _sentence(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"unknown key {dotted!r}; {_suggestion(location, schema)}"
     if detail["type"] == "missing":
         return f"the key {dotted!r} is missing; add it."
+    if detail["type"] == "json_invalid":
+        # json.dumps wrote it, so its form is right: pydantic stops at some depth and takes no half surrogate pair.
+        if "recursion" in detail["msg"]:
+            return "its keys are nested too deeply; a recipe has a few levels."
+        return "a value holds text that is not Unicode (an undecodable file name, perhaps); rename what it names."
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = message.replace("a valid array", "a list").replace("an object", "a mapping")
     if detail["type"] == "value_error":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.errors import InputError
+from foveate.errors import InputError, RecipeError
 from foveate.files import atomic_write
 from foveate.training.recipes import Recipe, load_recipe, recipe_module
 
@@ -61,6 +62,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluate a model folder on the recipe's evaluation data; the metrics are written to OUTPUT/evaluation.json.
 
+    A metric that the data does not decide (the recall of small objects where there are none) is NaN in the result and
+    null in the file.
+
     Raises:
         RecipeError: see `load_recipe`.
         InputError: `model` is not a folder.
@@ -78,10 +82,22 @@ def evaluate(
     metrics = recipe_module(recipe.method).evaluate(recipe, Path(model))
     result = EvaluationResult(recipe.method, str(model), metrics, round(time.perf_counter() - started, 2))
     with atomic_write(recipe.output / "evaluation.json") as file:
-        json.dump(asdict(result), file, indent=1)
+        json.dump(_json_ready(asdict(result)), file, indent=1, allow_nan=False)
     return result
+
+
+def _json_ready(value: Any) -> Any:
+    """The value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _load(recipe_path: str | Path, overrides: Sequence[str], out: str | Path | None) -> Recipe:
     extra = [] if out is None else [f"output={json.dumps(str(out))}"]
-    return load_recipe(recipe_path, [*overrides, *extra])
+    recipe = load_recipe(recipe_path, [*overrides, *extra])
+    if recipe.output.exists() and not recipe.output.is_dir():  # said now, not when there are results to write
+        raise RecipeError(f"output: {recipe.output} is a file; give the name of a folder to write.")
+    return recipe

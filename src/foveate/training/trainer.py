@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import shutil
 import sys
 import time
@@ -19,17 +20,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging as transformers_logging
 
 from foveate.errors import CheckpointError, RecipeError
 from foveate.files import atomic_folder, atomic_write
+from foveate.language.pretrained import first_line
 from foveate.training.optimizers import MuonAdamW
 from foveate.training.recipes import TrainingSettings
 from foveate.training.sampling import EpochSampler
@@ -129,7 +140,8 @@ def run(
         seed: of data order, per-sample randomness, dropout.
         resume: True goes on from the newest checkpoint of `output` (from the start if the run was killed before its
             first one), a path from that checkpoint. The loss curve is the one of an uninterrupted run.
-        on_start: called with the output folder in the main process once it is clear that the run may use it.
+        on_start: called with the output folder in the main process once it is clear that the run may use it and, where
+            it resumes, that all of the checkpoint fits: a refused run changes nothing in `output`.
 
     Raises:
         RecipeError: the data has less than a batch; nothing is trainable; `output` holds an unfinished run and
@@ -142,7 +154,8 @@ def run(
     _ensure_log_lines()
     if not any(parameter.requires_grad for parameter in task.model.parameters()):
         raise RecipeError("No parameter of the model is trainable; check which parts the recipe freezes.")
-    from_checkpoint = _resume_point(folder, resume) if resume else None
+    if not resume:
+        _refuse_unfinished(output)
 
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -167,26 +180,27 @@ def run(
     )
     steps_per_epoch, total_steps = _count_steps(task, settings, arguments.world_size)
     arguments.max_steps = total_steps
-    start_step = _step_of(from_checkpoint) if from_checkpoint else 0
-    if arguments.process_index == 0:
-        _claim_output(output, fresh=not resume)
-        if on_start is not None:
-            on_start(output)
+    rank = arguments.process_index if arguments.world_size > 1 else None
+    from_checkpoint = _resume_point(folder, resume, rank) if resume else None
+    start_step = _trainer_state(from_checkpoint).global_step if from_checkpoint else 0
 
     config = getattr(task.model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     progress = _Progress(settings, total_steps, start_step)
     callbacks: list[TrainerCallback] = [progress]
+    start = _Start(output, start_step, fresh=not resume, then=on_start)
     if arguments.process_index == 0:
-        callbacks.append(_tensorboard(output / "logs", start_step))
+        callbacks = [start, progress, start.tensorboard]
     trainer = _Trainer(task, settings, arguments, callbacks, steps_per_epoch)
     trainer.accelerator.wait_for_everyone()
 
     if start_step >= total_steps and from_checkpoint is not None:
         # Killed between its last checkpoint and the final save: the loop would do one step too many.
         trainer._load_from_checkpoint(str(from_checkpoint))
-        trainer.state.log_history = _saved_history(from_checkpoint)
+        trainer.state.log_history = _trainer_state(from_checkpoint).log_history
         trainer.state.global_step = start_step
+        if arguments.process_index == 0:
+            start.claim()
     else:
         try:
             trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
@@ -400,7 +414,7 @@ class _Trainer(Trainer):
         try:
             state = safetensors.torch.load_file(path, device="cpu")
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); resume from another checkpoint.") from None
+            raise CheckpointError(f"{path} cannot be read ({error}); {_without(path.parent)}.") from None
         expected = _state_to_save(model, self.task.save_frozen)
         wrong = sorted(set(state) ^ set(expected)) or [
             name for name, tensor in state.items() if tensor.shape != expected[name].shape
@@ -415,8 +429,36 @@ class _Trainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"The optimiser state of {checkpoint} is of another model ({error}).") from None
+        except Exception as error:  # torch and the optimisers raise many types on a state that is damaged or not theirs
+            raise CheckpointError(
+                f"The optimiser state of {checkpoint} is damaged or of another model or optimiser "
+                f"({first_line(error)}); resume with the recipe.yaml that started the run, or {_without(checkpoint)}."
+            ) from None
+
+
+class _Start(TrainerCallback):
+    """Takes the output folder over when everything is loaded, so that a resume that fails leaves the run as it was."""
+
+    def __init__(self, output: Path, start_step: int, *, fresh: bool, then: Callable[[Path], Any] | None) -> None:
+        from transformers.integrations.integration_utils import TensorBoardCallback
+
+        self.output, self.start_step, self.fresh, self.then = output, start_step, fresh, then
+        self.tensorboard: Any = TensorBoardCallback()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.claim()
+        # Purging hides the steps that a killed run logged after its last checkpoint.
+        self.tensorboard.tb_writer = SummaryWriter(str(self.output / "logs"), purge_step=self.start_step + 1)
+
+    def claim(self) -> None:
+        if self.fresh and _complete_checkpoints(self.output / "checkpoints"):
+            shutil.rmtree(self.output / "checkpoints")  # of a finished run, or this one had been refused
+        (self.output / "training.json").unlink(missing_ok=True)
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.then is not None:
+            self.then(self.output)
 
 
 class _Guard(TrainerCallback):
@@ -565,29 +607,32 @@ def _check_finite_parameters(model: nn.Module, trainer: _Trainer) -> None:
 
 def _complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints to resume from, oldest first. Unfinished ones have other names."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted((path for path in found if (path / "trainer_state.json").is_file()), key=_step_of)
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    found = [path for path, step in steps.items() if step.isdecimal() and (path / "trainer_state.json").is_file()]
+    return sorted(found, key=lambda path: int(steps[path]))
 
 
-def _step_of(checkpoint: Path) -> int:
-    return _trainer_state(checkpoint)["global_step"]
+def _without(checkpoint: str | Path) -> str:
+    """What to do about a checkpoint that cannot be resumed from."""
+    return f"delete the folder {checkpoint} to resume from the checkpoint before it, or from the start if there is none"
 
 
-def _saved_history(checkpoint: Path) -> list[dict[str, float]]:
-    return _trainer_state(checkpoint)["log_history"]
-
-
-def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+def _trainer_state(checkpoint: Path) -> TrainerState:
     path = checkpoint / "trainer_state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        state = {**state, "global_step": int(state["global_step"]), "log_history": list(state["log_history"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); resume from another checkpoint.") from None
+        state = TrainerState.load_from_json(str(path))
+        if type(state.global_step) is not int or state.global_step < 0:
+            raise ValueError(f"global_step is {state.global_step!r}")
+        int(state.epoch or 0)
+        if not isinstance(state.log_history, list) or not all(isinstance(entry, dict) for entry in state.log_history):
+            raise ValueError("log_history is not a list of mappings")
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); {_without(checkpoint)}.") from None
     return state
 
 
-def _resume_point(folder: Path, resume: bool | Path) -> Path | None:
+def _resume_point(folder: Path, resume: bool | Path, rank: int | None) -> Path | None:
+    """The checkpoint to go on from, if there is one. `rank` is that of this process, None if it is the only one."""
     if isinstance(resume, bool):
         checkpoints = _complete_checkpoints(folder)
         if not checkpoints:
@@ -600,31 +645,37 @@ def _resume_point(folder: Path, resume: bool | Path) -> Path | None:
     for name in ("optimizer.pt", "scheduler.pt"):
         # torch.save writes zip archives, whose directory stands at their end: a truncated file has none.
         if not zipfile.is_zipfile(checkpoint / name):
-            raise CheckpointError(f"{checkpoint / name} is missing or truncated; resume from another checkpoint.")
+            raise CheckpointError(f"{checkpoint / name} is missing or truncated; {_without(checkpoint)}.")
+    _check_random_state(checkpoint, rank)
     return checkpoint
 
 
-def _claim_output(output: Path, fresh: bool) -> None:
-    """Make the folder ready; refuse to start over a run that is unfinished."""
-    finished = output / "training.json"
+def _check_random_state(checkpoint: Path, rank: int | None) -> None:
+    """The Trainer goes on without a random state that is missing, with other numbers and only a word in the log."""
+    path = checkpoint / ("rng_state.pth" if rank is None else f"rng_state_{rank}.pth")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing; resume on as many processes as the run was started on, or {_without(checkpoint)}."
+        )
+    try:
+        with safe_globals():  # the arrays of numpy's state
+            state = torch.load(path, weights_only=True)
+        # Into generators that nobody uses: what is of the wrong kind shows when it is set.
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state(state["numpy"])
+        torch.Generator().set_state(state["cpu"])
+    except Exception as error:  # a damaged pickle raises anything
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); {_without(checkpoint)}.") from None
+
+
+def _refuse_unfinished(output: Path) -> None:
+    """A fresh start over a run that is unfinished would lose it."""
     checkpoints = _complete_checkpoints(output / "checkpoints")
-    if fresh and checkpoints:
-        if not finished.exists():
-            raise RecipeError(
-                f"{output} holds an unfinished run ({checkpoints[-1].name}); "
-                "resume it, choose another output, or delete the folder."
-            )
-        shutil.rmtree(output / "checkpoints")
-    finished.unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-
-
-def _tensorboard(folder: Path, start_step: int) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    # Purging hides the steps that a killed run logged after its last checkpoint.
-    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=start_step + 1))
+    if checkpoints and not (output / "training.json").exists():
+        raise RecipeError(
+            f"{output} holds an unfinished run ({checkpoints[-1].name}); "
+            "resume it, choose another output, or delete the folder."
+        )
 
 
 def _ensure_log_lines() -> None:
