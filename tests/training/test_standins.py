@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, T5Config, T5ForConditionalGeneration
 
-from foveate.errors import RecipeError
-from foveate.training.runner import train
+from foveate.errors import CheckpointError, InputError, RecipeError
+from foveate.training.recipes import load_recipe
+from foveate.training.runner import evaluate, train
 from foveate.training.sampling import SampleKey
-from foveate.training.standins.clip.recipe import ClipSizes, CropDataset, _next_on_each_side, train_tokenizer
+from foveate.training.standins.clip.recipe import (
+    ClipSizes,
+    CropDataset,
+    _config,
+    _next_on_each_side,
+    train_tokenizer,
+)
 from foveate.training.standins.rendered import RenderedData, RenderedScenes
 from foveate.training.standins.t5.recipe import WordsToCaption, build_tokenizer
 from foveate.world.vocabulary import category_names, colour_names
@@ -117,3 +128,133 @@ def test_pre_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert (first / "tokenizer.json").read_bytes() == (second.checkpoint / "tokenizer.json").read_bytes()
     with pytest.raises(RecipeError, match="hidden_size 32, the recipe asks for 64"):
         train("recipes/standins/clip_world_2.yaml", [*go_on, "model.vision_width=64"], out=tmp_path / "third")
+
+
+# ---------------------------------------------------------------- models that are none, or damaged
+
+CLIP_RECIPE, T5_RECIPE = "recipes/standins/clip_world.yaml", "recipes/standins/t5_world.yaml"
+
+
+@pytest.fixture(scope="module")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recipe -> a small model of its kind with random weights."""
+    captions = ["a red car to the left of a tree", "a small dog"]
+    folders = {recipe: tmp_path_factory.mktemp("model") for recipe in (CLIP_RECIPE, T5_RECIPE)}
+    torch.manual_seed(0)
+    sizes = {"vision_width": 16, "vision_layers": 1, "text_width": 16, "text_layers": 1, "projection": 8}
+    clip_tokenizer, t5_tokenizer = train_tokenizer(captions, 560), build_tokenizer(captions)
+    clip = CLIPModel(_config(ClipSizes.model_validate({**sizes, "dense_layer": -1}), clip_tokenizer))
+    t5 = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
+    )
+    for folder, model, tokenizer in ((CLIP_RECIPE, clip, clip_tokenizer), (T5_RECIPE, t5, t5_tokenizer)):
+        model.save_pretrained(folders[folder])
+        tokenizer.save_pretrained(folders[folder])
+    return folders
+
+
+SMALL_EVALUATION = ["evaluation={first_seed: 7, count: 2, processes: 1}"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metric"), [(CLIP_RECIPE, "zero_shot_category_accuracy"), (T5_RECIPE, "exact")], ids=["clip", "t5"]
+)
+def test_a_random_model_is_measured(random_models: dict[str, Path], tmp_path: Path, recipe: str, metric: str) -> None:
+    metrics = evaluate(recipe, random_models[recipe], SMALL_EVALUATION, out=tmp_path).metrics
+    assert 0 <= metrics[metric] < 0.5
+
+
+def _lack_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[min(tensors)]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _break_a_number(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[max(tensors)].view(-1)[0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _give_a_longer_tokenizer(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    first = max([token["id"] for token in tokenizer["added_tokens"]] + [900])
+    for number in range(3):
+        token = {"id": first + number + 1, "content": f"<more{number}>", "special": True}
+        token |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        tokenizer["added_tokens"].append(token)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("recipe", [CLIP_RECIPE, T5_RECIPE], ids=["clip", "t5"])
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (_lack_a_tensor, "lacks 1 tensors"),
+        (_truncate, "cannot be loaded"),
+        (_break_a_number, "weights that are not finite"),
+        (_give_a_longer_tokenizer, "entries, but its model has"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
+    ],
+    ids=["incomplete", "truncated", "nan", "other tokenizer", "no tokenizer", "config"],
+)
+def test_a_damaged_model_is_not_measured(
+    random_models: dict[str, Path], tmp_path: Path, recipe: str, damage: Callable[[Path], object], sentence: str
+) -> None:
+    folder = Path(shutil.copytree(random_models[recipe], tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(CheckpointError, match=sentence):
+        evaluate(recipe, folder, SMALL_EVALUATION, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_kind_is_not_measured_nor_trained_further(
+    random_models: dict[str, Path], tmp_path: Path
+) -> None:
+    for recipe, other in ((CLIP_RECIPE, T5_RECIPE), (T5_RECIPE, CLIP_RECIPE)):
+        with pytest.raises(InputError, match=r"is a '(t5|clip)' model, but a '(clip|t5)' model is needed"):
+            evaluate(recipe, random_models[other], SMALL_EVALUATION, out=tmp_path / "out")
+    small = ["data.count=1", "data.size=64", "data.processes=1"]
+    with pytest.raises(InputError, match="is a 't5' model, but a 'clip' model is needed"):
+        train(CLIP_RECIPE, [*small, f"model.init_from={random_models[T5_RECIPE]}"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "sentence"),
+    [
+        (CLIP_RECIPE, "model.vision_width=0", "model.vision_width should be greater than 0"),
+        (CLIP_RECIPE, "model.vision_width=130", "model.vision_width should be a multiple of 4"),
+        (CLIP_RECIPE, "model.vision_heads=3", "vision_width 128 is not a multiple of vision_heads 3"),
+        (CLIP_RECIPE, "model.text_heads=5", "text_width 128 is not a multiple of text_heads 5"),
+        (CLIP_RECIPE, "model.image_size=65", "image_size 65 is not a multiple of patch_size 10"),
+        (CLIP_RECIPE, "model.dense_layer=8", "dense_layer is 8, but 7 layers have hidden states from -8 to 7"),
+        (CLIP_RECIPE, "data.count=1000000000000", "data.count should be less than or equal to 1000000"),
+        (T5_RECIPE, "model.layers=0", "model.layers should be greater than 0"),
+        (T5_RECIPE, "model.width=-1", "model.width should be greater than 0"),
+        ("recipes/standins/proposer_world.yaml", "model.image_size=50", "should be a multiple of 32"),
+        (
+            "recipes/standins/proposer_world.yaml",
+            "model.widths=[8, 8]",
+            "model.widths List should have at least 5 items",
+        ),
+        ("recipes/standins/proposer_world.yaml", "model.widths=[8, 8, 8, 8, 0]", "should be greater than 0"),
+    ],
+)
+def test_sizes_are_checked_before_anything_is_rendered(recipe: str, override: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe(recipe, [override])

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
-from foveate.training.recipes import RecipeSection
+from foveate.training.recipes import LARGEST, RecipeSection
 from foveate.world.scenes import Instance, render_scenes
 
 log = logging.getLogger(__name__)
+
+MAX_SCENES = 1_000_000
+"""More would not fit into the memory of one machine."""
 
 
 class RenderedData(RecipeSection):
     """Which scenes to render; the seeds decide every pixel."""
 
-    first_seed: int = Field(ge=0)
-    count: int = Field(gt=0)
+    first_seed: int = Field(ge=0, le=LARGEST)
+    count: int = Field(gt=0, le=MAX_SCENES)
     size: int = Field(256, ge=32, le=1024, description="side in pixels")
     processes: int = Field(2, gt=0, le=64, description="rendering processes")
 

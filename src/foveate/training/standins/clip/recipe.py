@@ -18,16 +18,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from foveate.checkpoints import find_checkpoint
 from foveate.errors import RecipeError
 from foveate.training.recipes import Recipe, RecipeSection
 from foveate.training.sampling import SampleRandom, SeededDataset
+from foveate.training.standins.loading import load_stand_in
 from foveate.training.standins.rendered import RenderedData, RenderedScenes
 from foveate.training.trainer import TrainingTask
 from foveate.world.scenes import Instance, render_scene
@@ -43,18 +43,34 @@ class ClipSizes(RecipeSection):
     """Sizes of the two towers."""
 
     init_from: str | None = Field(None, description="go on from this CLIP of the same sizes, with its tokenizer")
-    image_size: int = Field(60, gt=0, description="pixels, side of the input")
-    patch_size: int = Field(10, gt=0, description="pixels")
-    vision_width: int = 128
-    vision_layers: int = 7
-    vision_heads: int = 4
-    text_width: int = 128
-    text_layers: int = 3
-    text_heads: int = 4
-    projection: int = 128
-    vocabulary: int = Field(800, ge=560, description="entries of the byte-pair tokenizer")
+    image_size: int = Field(60, gt=0, le=4096, description="pixels, side of the input; a multiple of the patch size")
+    patch_size: int = Field(10, gt=0, le=1024, description="pixels")
+    vision_width: int = Field(128, gt=0, le=8192, multiple_of=4)
+    vision_layers: int = Field(7, gt=0, le=128)
+    vision_heads: int = Field(4, gt=0, le=256)
+    text_width: int = Field(128, gt=0, le=8192)
+    text_layers: int = Field(3, gt=0, le=128)
+    text_heads: int = Field(4, gt=0, le=256)
+    projection: int = Field(128, gt=0, le=8192)
+    vocabulary: int = Field(800, ge=560, le=1_000_000, description="entries of the byte-pair tokenizer")
     dense_layer: int = Field(-2, description="hidden states that the dense objectives read, and that users should take")
     dense_weight: float = Field(1.0, ge=0, description="factor of the dense objectives")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> ClipSizes:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        for part in ("vision", "text"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if width % heads:
+                raise ValueError(f"{part}_width {width} is not a multiple of {part}_heads {heads}")
+        states = self.vision_layers + 1
+        if not -states <= self.dense_layer < states:
+            raise ValueError(
+                f"dense_layer is {self.dense_layer}, but {self.vision_layers} layers have hidden states from {-states} "
+                f"to {states - 1}"
+            )
+        return self
 
 
 class ClipRecipe(Recipe):
@@ -369,7 +385,12 @@ def _check_sizes(found: CLIPConfig, wanted: CLIPConfig, name: str) -> None:
 
 
 def build(recipe: ClipRecipe) -> TrainingTask:
-    """Render the scenes, train the tokenizer on their captions, and set the model up."""
+    """Render the scenes, train the tokenizer on their captions, and set the model up.
+
+    Raises:
+        InputError, CheckpointError: `model.init_from` is no CLIP, or a damaged one.
+        RecipeError: it has other sizes than the recipe.
+    """
     sizes = recipe.model
     scenes = RenderedScenes.render(recipe.data)
     dataset = CropDataset(scenes, sizes)
@@ -380,9 +401,7 @@ def build(recipe: ClipRecipe) -> TrainingTask:
         clip = CLIPModel(_config(sizes, tokenizer))
         start_like_a_trained_transformer(clip.vision_model, sizes.image_size // sizes.patch_size)
     else:
-        folder = find_checkpoint(sizes.init_from)
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+        clip, tokenizer = load_stand_in(CLIPModel, sizes.init_from)
         _check_sizes(clip.config, _config(sizes, tokenizer), sizes.init_from)
     model = ClipPretraining(clip, sizes, dataset.labels)
 
@@ -398,9 +417,14 @@ def build(recipe: ClipRecipe) -> TrainingTask:
 
 
 def evaluate(recipe: ClipRecipe, model_path: Path) -> dict[str, Any]:
-    """Zero-shot: the crop of an object against "a {category}" for all categories, and crop-caption retrieval."""
-    model: Any = CLIPModel.from_pretrained(model_path, dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(model_path)
+    """Zero-shot: the crop of an object against "a {category}" for all categories, and crop-caption retrieval.
+
+    Raises:
+        InputError: the model is none of this kind.
+        CheckpointError: it is damaged.
+        RecipeError: the scenes have nothing to describe.
+    """
+    model, tokenizer = load_stand_in(CLIPModel, model_path)
     crops, captions, wanted = [], [], []
     size = model.config.vision_config.image_size
     for seed in range(recipe.evaluation.first_seed, recipe.evaluation.first_seed + recipe.evaluation.count):
@@ -417,6 +441,8 @@ def evaluate(recipe: ClipRecipe, model_path: Path) -> dict[str, Any]:
                 )
                 captions.append(item.captions[0])
                 wanted.append(category_names().index(item.category))
+    if not crops:
+        raise RecipeError("the scenes of evaluation have no object with a caption; raise evaluation.count")
     spoken = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
     prompts = tokenizer([f"a {name}" for name in category_names()], padding=True, return_tensors="pt")
     with torch.inference_mode():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,9 +55,11 @@ _FOCAL, _NEAR_CENTRE = 2, 4
 class ProposerSizes(RecipeSection):
     """Sizes of the network, and the weights of its losses."""
 
-    image_size: int = Field(256, gt=0, description="pixels, side of the input")
-    widths: list[int] = Field([16, 32, 64, 96, 128], description="channels at strides 2 to 32")
-    head_width: int = Field(48, gt=0)
+    image_size: int = Field(256, gt=0, le=4096, multiple_of=32, description="pixels, side of the input")
+    widths: list[Annotated[int, Field(gt=0, le=4096)]] = Field(
+        [16, 32, 64, 96, 128], min_length=5, max_length=5, description="channels at strides 2 to 32"
+    )
+    head_width: int = Field(48, gt=0, le=4096)
     box_weight: float = Field(2.0, ge=0, description="factor of the GIoU loss")
     class_weight: float = Field(0.5, ge=0, description="factor of the cross-entropy of the classes")
 

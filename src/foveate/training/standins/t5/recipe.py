@@ -17,8 +17,11 @@ import torch
 from pydantic import Field
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
-from foveate.training.recipes import Recipe, RecipeSection
+from foveate.errors import RecipeError
+from foveate.training.recipes import LARGEST, Recipe, RecipeSection
 from foveate.training.sampling import SampleRandom, SeededDataset
+from foveate.training.standins.loading import load_stand_in
+from foveate.training.standins.rendered import MAX_SCENES
 from foveate.training.trainer import TrainingTask
 from foveate.world.scenes import render_scenes
 from foveate.world.vocabulary import category_names, colour_names, raw_vocabulary, tag_vocabulary
@@ -29,19 +32,19 @@ STOP_WORDS = frozenset({"a", "an", "the", "to", "of", "in", "that", "is", "and",
 class LanguageData(RecipeSection):
     """Scenes whose captions are read; what stands for what is then exchanged to get every combination."""
 
-    first_seed: int = Field(ge=0)
-    count: int = Field(gt=0)
+    first_seed: int = Field(ge=0, le=LARGEST)
+    count: int = Field(gt=0, le=MAX_SCENES)
     processes: int = Field(2, gt=0, le=64)
 
 
 class T5Sizes(RecipeSection):
     """Sizes of encoder and decoder."""
 
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
-    head_width: int = 32
-    feed_forward: int = 256
+    width: int = Field(128, gt=0, le=8192)
+    layers: int = Field(2, gt=0, le=128)
+    heads: int = Field(4, gt=0, le=256)
+    head_width: int = Field(32, gt=0, le=1024)
+    feed_forward: int = Field(256, gt=0, le=65536)
     dropout: float = Field(0.05, ge=0, lt=1)
 
 
@@ -162,10 +165,17 @@ def build(recipe: T5Recipe) -> TrainingTask:
 
 
 def evaluate(recipe: T5Recipe, model_path: Path) -> dict[str, Any]:
-    """Share of captions written back word for word from their own words."""
-    model: Any = T5ForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32).eval()
-    tokenizer = T5Tokenizer.from_pretrained(model_path)
+    """Share of captions written back word for word from their own words.
+
+    Raises:
+        InputError: the model is none of this kind.
+        CheckpointError: it is damaged.
+        RecipeError: the scenes have nothing to describe.
+    """
+    model, tokenizer = load_stand_in(T5ForConditionalGeneration, model_path)
     captions = sorted(set(read_captions(recipe.evaluation)))
+    if not captions:
+        raise RecipeError("the scenes of evaluation have no object with a caption; raise evaluation.count")
     captions = [captions[k] for k in np.random.default_rng(0).permutation(len(captions))[:512]]
     sources = [f"{caption} |" for caption in captions]
     batch = tokenizer(sources, padding=True, return_tensors="pt")
