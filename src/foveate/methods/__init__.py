@@ -127,7 +127,7 @@ def load(
         InputError: there is no such model, device or dtype, or it is not a model that a verb of foveate runs.
         CheckpointError: the checkpoint is truncated, corrupt or of another layout.
     """
-    where, precision = _device(device), _dtype(dtype)
+    where, precision = _device(device), find_dtype(dtype)
     folder = find_checkpoint(name)
     model_type = read_config(folder).get("model_type")
     for method in METHODS.values():
@@ -174,7 +174,12 @@ def _device(name: str | torch.device | None) -> torch.device | None:
     return device
 
 
-def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+def find_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch dtype of this name; None stays None.
+
+    Raises:
+        InputError: it is none of float32, bfloat16 and float16.
+    """
     if name is None:
         return None
     import torch

@@ -1,0 +1,103 @@
+"""`foveate convert METHOD FILE`: a method's official weights as a folder that foveate and transformers load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foveate.cli.options import Debug, progress_bar
+from foveate.errors import InputError
+
+if TYPE_CHECKING:
+    from foveate.methods.dynrefer.conversion import Conversion
+
+# A verb for each method: they are made from different files.
+app = typer.Typer(
+    help="Convert official weights into a folder that foveate and transformers load.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+SHOWN_KEYS = 8
+
+
+@app.callback()
+def _convert() -> None:
+    # With a callback, typer keeps `dynrefer` a verb of its own although it is the only one.
+    pass
+
+
+@app.command()
+def dynrefer(
+    official: Annotated[Path, typer.Argument(help="The released file, such as vg1.2_5e.pth.")],
+    base: Annotated[str, typer.Option("--base", help="BLIP-2: a folder, or Salesforce/blip2-flan-t5-xl.")],
+    text: Annotated[str, typer.Option("--text", help="eva_clip_psz14.pt, or a CLIP folder or hub name.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must be new or empty.")] = None,
+    tags: Annotated[Path | None, typer.Option("--tags", help="Tag list, one a line: ram_tag_list.txt.")] = None,
+    attributes: Annotated[
+        Path | None, typer.Option("--attributes", help="ovad2000.json; without it the model names no attributes.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option("--classes", help="Class names, one a line; COCO's 80 by default.")
+    ] = None,
+    text_tokenizer: Annotated[
+        str | None, typer.Option("--text-tokenizer", help="Folder or hub name; by default that of CLIP.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as in the files.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only compare the files; write nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Convert the released DynRefer weights.
+
+    Every key is used or named; missing, unknown and misshapen ones are one error. docs/convert.md says which files
+    are needed and where they come from.
+    """
+    from foveate.methods.dynrefer.conversion import check_checkpoint, convert_checkpoint
+
+    if check:
+        _print(check_checkpoint(official, base=base, text=text))
+        return
+    for name, value, what in (("--out", out, "the folder to write"), ("--tags", tags, "the tag list")):
+        if value is None:
+            raise InputError(f"{name} is missing; give {what}, or --check to compare the files only.")
+    assert out is not None
+    assert tags is not None
+    with progress_bar("tensors") as progress:
+        result = convert_checkpoint(
+            official,
+            base=base,
+            text=text,
+            tags=tags,
+            out=out,
+            attributes=attributes,
+            classes=classes,
+            text_tokenizer=text_tokenizer,
+            dtype=dtype,
+            progress=progress,
+        )
+    _print(result)
+    if attributes is None:
+        print("no --attributes: leave them out of --tasks, or convert with ovad2000.json")
+    print(f"model: {result.folder}")
+
+
+def _print(result: Conversion) -> None:
+    """A row per part, and what was not used of each source."""
+    rows = [("part", "from", "tensors", "parameters", "dtype")]
+    rows += [(part.name, part.source, f"{part.tensors:,}", f"{part.parameters:,}", part.dtype) for part in result.parts]
+    total = sum(part.tensors for part in result.parts), sum(part.parameters for part in result.parts)
+    rows.append(("all", "", f"{total[0]:,}", f"{total[1]:,}", ""))
+    wide = [max(len(row[column]) for row in rows) for column in range(5)]
+    for name, source, tensors, parameters, dtype in rows:
+        line = f"{name:<{wide[0]}}  {source:<{wide[1]}}  {tensors:>{wide[2]}}  {parameters:>{wide[3]}}  {dtype}"
+        print(line.rstrip())
+    config = result.config
+    print(f"{config.num_views} views of {config.image_size} px, {config.num_query_tokens} queries")
+    for source, keys in result.unused.items():
+        if keys:
+            more = ", ... (manifest.json has all)" if len(keys) > SHOWN_KEYS else ""
+            print(f"not used of {source}: {len(keys)} tensors: {', '.join(keys[:SHOWN_KEYS])}{more}")
