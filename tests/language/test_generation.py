@@ -204,6 +204,8 @@ class TestSearch:
             ("repetition_penalty", float("nan")),
             ("repetition_penalty", float("inf")),
             ("length_penalty", float("nan")),
+            ("length_penalty", "1"),
+            ("num_beams", 10**6),
         ):
             with pytest.raises(InputError, match=name):
                 generate_finite(model, **inputs, **{"max_new_tokens": 3, name: value})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,15 @@ from transformers import (
 )
 
 from foveate.errors import CheckpointError, InputError
+
+_SETTINGS: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 4096),
+    "num_beams": (1, 64),
+    "min_length": (0, 4096),
+    "length_penalty": (-100.0, 100.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+"""Least and most that a setting may be; integers where only whole numbers are meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,26 @@ class _LogSoftmax(LogitsProcessor):
         return torch.log_softmax(scores, dim=-1)
 
 
+def check_generation(settings: Any) -> None:
+    """Checks settings of `generate_finite` that a recipe, a checkpoint or a caller gives by name; any may be left out.
+
+    Raises:
+        InputError: an unknown name, or a value out of range.
+    """
+    if not isinstance(settings, Mapping):
+        raise InputError(f"generation settings must be a mapping of names to numbers, got {settings!r}.")
+    for name, value in settings.items():
+        if name not in _SETTINGS:
+            raise InputError(f"{name!r} is not a generation setting; known are {', '.join(_SETTINGS)}.")
+        low, high = _SETTINGS[name]
+        whole = isinstance(low, int)
+        right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        # NaN is in no range.
+        if not right or not low <= value <= high:
+            kind = "an integer" if whole else "a number"
+            raise InputError(f"{name} must be {kind} from {low} to {high}, got {value!r}.")
+
+
 @torch.inference_mode()
 def generate_finite(
     model: Any,
@@ -95,17 +124,15 @@ def generate_finite(
         CheckpointError: non-finite input embeddings, logits or scores; the sentence names dtype and hardware.
     """
     _check_inputs(inputs_embeds, attention_mask)
-    for name, value, low in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("num_beams", num_beams, 1),
-        ("min_length", min_length, 0),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise InputError(f"{name} must be an integer of at least {low}, got {value!r}.")
-    if not math.isfinite(repetition_penalty) or repetition_penalty <= 0:
-        raise InputError(f"repetition_penalty must be a finite number above 0, got {repetition_penalty!r}.")
-    if not math.isfinite(length_penalty):
-        raise InputError(f"length_penalty must be a finite number, got {length_penalty!r}.")
+    check_generation(
+        {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "min_length": min_length,
+            "length_penalty": length_penalty,
+            "repetition_penalty": repetition_penalty,
+        }
+    )
     if not torch.isfinite(inputs_embeds).all():
         raise CheckpointError(
             f"The input embeddings of the language model are not finite (dtype {inputs_embeds.dtype}); run the vision "

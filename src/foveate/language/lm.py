@@ -49,7 +49,7 @@ def load_language_model(
     """
     path = os.fspath(path)
     _check_dtype(dtype)
-    config = _load_config(path)
+    config = load_config(path)
     is_t5 = config.model_type in T5_CLASS
     if feed_forward_activation is not None:
         _override_activation(config, feed_forward_activation, is_t5=is_t5)
@@ -95,7 +95,7 @@ def load_text_encoder(path: str | os.PathLike[str], *, dtype: torch.dtype | None
     """
     _check_dtype(dtype)
     path = os.fspath(path)
-    config = _load_config(path)
+    config = load_config(path)
     if config.model_type not in ("clip", "clip_text_model"):
         raise CheckpointError(f"{path!r} has model_type {config.model_type!r}; a text encoder needs a CLIP checkpoint.")
     text_config = config
@@ -110,7 +110,13 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
         raise InputError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, got {dtype!r}.")
 
 
-def _load_config(path: str) -> Any:
+def load_config(path: str | os.PathLike[str]) -> Any:
+    """The configuration of a checkpoint folder or hub name, of whichever class it is.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, or of a kind or with values that transformers does not know.
+    """
+    path = os.fspath(path)
     read_model_type(path)
     try:
         return AutoConfig.from_pretrained(path)

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
+import foveate
 from foveate.errors import CheckpointError, InputError
 from foveate.methods.dynrefer.modeling import DynReferModel
 from foveate.methods.dynrefer.predictor import TASKS, DynReferPredictor
@@ -243,6 +246,19 @@ class TestRegions:
         both = predictor(photo, boxes=BOXES[1:2], masks=[mask], tasks="tags")
         assert [region.box for region in both] == [(50, 40, 95, 75), (20, 10, 50, 30)]  # pyright: ignore
 
+    def test_tensors(self, predictor: DynReferPredictor, photo: Image.Image) -> None:
+        expected = predictor(photo, boxes=BOXES[:2], tasks="tags")
+        tensor = torch.tensor(BOXES[:2], dtype=torch.float32)
+        rows: Any = [row.numpy() for row in tensor]
+        for boxes in (tensor, tensor.clone().requires_grad_(), tensor.bfloat16(), tensor.double(), rows):
+            for one, other in zip(predictor(photo, boxes=boxes, tasks="tags"), expected, strict=True):
+                assert one.box == other.box  # pyright: ignore[reportAttributeAccessIssue]
+        mask = torch.zeros(80, 96, dtype=torch.bool)
+        mask[10:30, 20:50] = True
+        for masks in (mask, mask[None], [mask], [mask.to(torch.uint8)]):
+            [region] = predictor(photo, masks=masks, tasks="tags")
+            assert region.box == (20, 10, 50, 30)  # pyright: ignore[reportAttributeAccessIssue]
+
     def test_no_regions(self, predictor: DynReferPredictor, photo: Image.Image, wide_photo: Image.Image) -> None:
         assert len(predictor(photo, boxes=[])) == 0
         assert predictor([]) == []
@@ -338,9 +354,44 @@ class TestLoading:
         assert np.isfinite(numbers(region)).all()
         assert region.caption is not None
 
-    def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError):
+    def test_missing_and_of_another_kind(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="there is no folder"):
             DynReferPredictor.from_pretrained(tmp_path / "none")
+        (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+        with pytest.raises(InputError, match="is a 'clip' model, not a DynRefer; try dynrefer-world"):
+            DynReferPredictor.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ({"calibration": {"category": [math.nan]}}, "calibration of category must be"),
+            ({"calibration": {"tags": "ab"}}, "calibration of tags must be"),
+            ({"generation": {"num_beams": "2"}}, "num_beams must be an integer"),
+            ({"tag_threshold": "0.5"}, "tag_threshold must be a number"),
+            ({"image_size": 56.5}, "image_size must be a whole number"),
+            ({"qformer_config": {"hidden_size": "x"}}, "hidden_size"),
+            ({"vision_config": 5}, "'int' object"),
+        ],
+    )
+    def test_a_config_with_wrong_values(
+        self, checkpoint: Path, tmp_path: Path, change: dict[str, Any], sentence: str
+    ) -> None:
+        folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=rf"config\.json cannot be used: .*{sentence}") as caught:
+            foveate.load(folder)
+        assert "\n" not in str(caught.value)
+
+    def test_a_tokenizer_of_another_model(self, checkpoint: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
+        tokenizer.add_tokens([f"more{number}" for number in range(20)])
+        tokenizer.save_pretrained(folder / "text_tokenizer")
+        entries = json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
+        sentence = f"text tokenizer of .* has {len(tokenizer)} entries, but its model has {entries}"
+        with pytest.raises(CheckpointError, match=sentence):
+            foveate.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +411,12 @@ class TestLoading:
         ({"masks": [{"size": [80, 96], "counts": [5]}]}, "add up to 5"),
         ({"masks": [{"size": [9, 9], "counts": [0, 81]}]}, "9x9 .* 80x96"),
         ({"masks": 5}, "masks must be a list .*, not int"),
+        ({"masks": [[[1, 0], [1]]]}, "a mask cannot be read .* give H rows of W values"),
+        ({"masks": torch.ones(1, 80, 96, device="meta")}, "a mask cannot be read"),
+        ({"masks": [torch.ones(80, 96).to_sparse()]}, "a mask cannot be read"),
+        ({"boxes": torch.tensor(BOXES).to("meta")}, "boxes cannot be read .* give numbers, an array or a dense tensor"),
+        ({"boxes": torch.tensor(BOXES).to_sparse()}, "boxes cannot be read"),
+        ({"boxes": torch.tensor(BOXES) > 0}, "boxes must be a tensor"),
         ({"tasks": []}, "no task given"),
         ({"tasks": "captoin"}, "unknown task 'captoin', did you mean 'caption'"),
         ({"tasks": ["caption", "zzz"]}, "unknown task 'zzz'; use caption, tags"),
@@ -371,6 +428,12 @@ class TestLoading:
         ({"classes": ["car", "dog", "car"]}, "'car' twice"),
         ({"controls": "red"}, "controls must be a list of words, not 'red'"),
         ({"controls": [None]}, "and None is none"),
+        ({"controls": ["caf\udce9"]}, r"controls must be words in Unicode, and 'caf\\udce9' is not; give it in UTF-8"),
+        ({"classes": ["car", "\ud800"]}, "classes must be words in Unicode"),
+        ({"controls": ["red " * 20]}, "the controls: 22 tokens are more than the 12 that this model reads"),
+        ({"classes": ["car", "red " * 20]}, "the class 'red red .*: 23 tokens are more than the 16"),
+        ({"views": torch.ones(2, device="meta")}, "views must be a list of numbers"),
+        ({"views": [10**400, 1]}, "views must be a list of numbers"),
         ({"views": [0.5]}, "looks at 3 views, so give 2"),
         ({"views": [0.5, 2]}, "between 0"),
         ({"views": "wide"}, "unknown views 'wide'"),

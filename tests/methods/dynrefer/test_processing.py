@@ -60,10 +60,28 @@ class TestVocabulary:
         vocabulary.save(tmp_path / "v.json")
         assert Vocabulary.load(tmp_path / "v.json") == vocabulary
 
-    @pytest.mark.parametrize("text", ["", "[]", '{"tags": []}', '{"tags": [], "attributes": [1], "classes": []}'])
-    def test_damaged(self, tmp_path: Path, text: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("", ""),
+            ("[]", ""),
+            ("[" * 100_000, "recursion"),
+            ('{"tags": []}', "'attributes' is missing"),
+            ('{"tags": [], "attributes": [1], "classes": []}', ""),
+            ('{"tags": "abc", "attributes": [], "classes": []}', "tags must be a list of words, not 'abc'"),
+            ('{"tags": ["a", 5], "attributes": [], "classes": []}', "tags must be a list of words, and 5 is none"),
+            ('{"tags": [], "attributes": [], "classes": ["\\ud800"]}', "classes must be words in Unicode"),
+            ('{"tags": [], "attributes": {"name": "red"}, "classes": []}', ""),
+            (
+                '{"tags": [], "attributes": [{"name": "red", "prompts": "the"}], "classes": []}',
+                "prompts of 'red' must be",
+            ),
+            ('{"tags": [], "attributes": [{"name": "red", "prompts": []}], "classes": []}', "'red' has no prompt"),
+        ],
+    )
+    def test_damaged(self, tmp_path: Path, text: str, reason: str) -> None:
         (tmp_path / "v.json").write_text(text)
-        with pytest.raises(CheckpointError, match="cannot read the vocabulary"):
+        with pytest.raises(CheckpointError, match=f"cannot read the vocabulary .*v.json: .*{reason}"):
             Vocabulary.load(tmp_path / "v.json")
         with pytest.raises(CheckpointError, match="cannot read the vocabulary"):
             Vocabulary.load(tmp_path / "none.json")
@@ -138,7 +156,11 @@ class TestFiles:
     def test_damaged(self, checkpoint: Path, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
         settings = json.loads((folder / PROCESSOR_FILE).read_text())
-        for text in ("", "{", json.dumps({**settings, "image_mean": None}), "[]", "{}"):
+        wrong: list[dict[str, object]] = [{"image_mean": None}, {"image_mean": "123"}, {"image_mean": [0.5, 0.5]}]
+        wrong += [{"image_std": [0.5, 0.5, 0]}, {"image_std": [0.5, 0.5, float("nan")]}, {"max_text_tokens": "32"}]
+        wrong += [{"max_text_tokens": 0}, {"max_text_tokens": 3.7}, {"max_text_tokens": float("inf")}]
+        damaged = [json.dumps({**settings, **change}) for change in wrong]
+        for text in ("", "{", "[]", "{}", "[" * 100_000, *damaged):
             (folder / PROCESSOR_FILE).write_text(text)
             with pytest.raises(CheckpointError, match=PROCESSOR_FILE):
                 DynReferProcessor.from_pretrained(folder)

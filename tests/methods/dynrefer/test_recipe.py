@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import foveate
-from foveate.errors import RecipeError
-from foveate.training.runner import train
+from foveate.checkpoints import find_checkpoint
+from foveate.errors import InputError, RecipeError
+from foveate.methods.dynrefer.recipe import RegionData, open_regions
+from foveate.training.recipes import load_recipe
+from foveate.training.runner import evaluate, train
+
+RECIPE = "recipes/dynrefer/world.yaml"
 
 SMALL = [
     "data.cache_views=null",
@@ -61,3 +68,108 @@ def test_cached_views_need_the_training_process(first: Path, tmp_path: Path) -> 
     assert len(list((tmp_path / "views").iterdir())) == 1
     with pytest.raises(RecipeError, match=r"set training\.workers to 0"):
         train("recipes/dynrefer/world.yaml", [*settings, "training.workers=1"], out=tmp_path / "other")
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.views=[5, 7]", r"data\.views: views are a list of t's between 0 .*, not \[5, 7\] \(or take random\)"),
+        ("data.views=[.nan, 0.2]", "data.views: views are a list of t's"),
+        ("data.views=rndom", "not 'rndom' \\(or take random\\)"),
+        ("model.view_policy={colour: [0.1, 0.2]}", "model.view_policy: view_policy names the task 'colour'; tasks are"),
+        ("model.view_policy={tags: [0.1, 3]}", "view_policy of tags: views are a list of t's"),
+        ("model.view_policy=[0.1]", r"model.view_policy: a mapping of tasks to t's is needed, not \[0.1\]"),
+        ("model.generation={no_such_key: 1}", "model.generation: 'no_such_key' is not a generation setting; known are"),
+        ("model.generation={num_beams: -1}", "model.generation: num_beams must be an integer from 1 to 64, got -1"),
+        ("model.generation={num_beams: 2.5}", "got 2.5"),
+        ("model.generation={repetition_penalty: .inf}", "repetition_penalty must be a number"),
+        ("model.align_groups=0", "model.align_groups should be greater than 0"),
+        ("model.qformer_width=-3", "model.qformer_width should be greater than 0"),
+        ("model.qformer_heads=0", "model.qformer_heads should be greater than 0"),
+        ("model.head_layers=1.5", "model.head_layers should be a valid integer"),
+        ("model.image_size=100000", "model.image_size should be less than or equal to 4096"),
+        (
+            "evaluation.tasks=[captoin]",
+            "should be 'caption', 'tags', 'attributes' or 'category', but it is \"captoin\"",
+        ),
+        ("evaluation.tasks=[]", "evaluation.tasks"),
+        ("evaluation.views=wide", "not 'wide' \\(or take task, auto, official"),
+        ("evaluation.views=[0.5, 2]", "evaluation.views: views are a list of t's"),
+        ("evaluation.num_beams=0", "evaluation.num_beams should be greater than 0"),
+        ("evaluation.num_beams=65", "evaluation.num_beams should be less than or equal to 64"),
+    ],
+)
+def test_settings_are_checked_with_the_recipe(override: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence) as caught:
+        load_recipe(RECIPE, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("views", ["auto", "task", "median", "[0.3, 0.5]", "[0, 0.3, 1]", "null"])
+def test_views_that_evaluation_takes(views: str) -> None:
+    recipe: Any = load_recipe(RECIPE, [f"evaluation.views={views}", "data.views=[0, 1]"])
+    assert recipe.data.views == [0, 1]
+    assert recipe.evaluation.views == yaml.safe_load(views)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "model.align_groups=7",
+            "do not fit together: the tower's width 128 is not divisible by align_groups 7; change",
+        ),
+        ("model.qformer_heads=5", "do not fit together: The hidden size .* is not a multiple"),
+        ("model.vision_layer=99", "do not fit together: vision_layer must be"),
+        ("model.image_size=61", "do not fit together: image_size 61 is not a multiple of the tower's patch size 10"),
+        ("model.view_policy={tags: [0.1]}", "do not fit together: view_policy gives 1 t's for tags"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_said_before_anything_is_rendered(
+    tmp_path: Path, override: str, sentence: str
+) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        train(RECIPE, [*SMALL, f"data.root={tmp_path / 'data'}", override], out=tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
+def test_models_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a 'clip' model, not a DynRefer"):
+        evaluate(RECIPE, find_checkpoint("clip-world"), out=tmp_path / "run")
+    with pytest.raises(InputError, match="is a 't5' model, not a DynRefer"):
+        train(RECIPE, [*SMALL, "model.init_from=t5-world"], out=tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_needed_after_training_is_looked_for_before(first: Path, tmp_path: Path) -> None:
+    settings = [*SMALL, *FRESH, f"data.root={first.parents[1] / 'data'}"]
+    for override, sentence in (
+        (
+            "calibration={root: nowhere}",
+            r"calibration\.root: there is no folder nowhere; put the dataset there, or give",
+        ),
+        ("evaluation.data={root: nowhere}", r"evaluation\.data\.root: there is no folder nowhere"),
+        (f"calibration={{root: {first.parents[1] / 'data'}, split: zebra}}", "zebra"),
+    ):
+        with pytest.raises((RecipeError, InputError), match=sentence):
+            train(RECIPE, [*settings, override], out=tmp_path / "run")
+        assert not any(tmp_path.iterdir())
+
+
+def test_a_limited_number_of_regions(first: Path) -> None:
+    """Training draws them by its seed; what measures a model always takes the same."""
+    data = RegionData.model_validate({"root": first.parents[1] / "data", "regions": 4})
+    drawn = [open_regions(data, seed)[1] for seed in (3, 3, 4)]
+    assert len(drawn[0]) == 4
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert open_regions(data)[1] == open_regions(data)[1]
+
+
+def test_a_manifest_that_is_damaged(first: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(first.parents[1] / "data", tmp_path / "data"))
+    (data / "dataset.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"dataset\.json"):
+        train(RECIPE, [*SMALL, *FRESH, f"data.root={data}"], out=tmp_path / "run")

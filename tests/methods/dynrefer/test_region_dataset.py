@@ -13,6 +13,7 @@ from PIL import Image
 
 from foveate.data.samples import ImageSample, RegionSample
 from foveate.errors import RecipeError
+from foveate.methods.dynrefer import recipe
 from foveate.methods.dynrefer.modeling import DynReferModel
 from foveate.methods.dynrefer.processing import DynReferProcessor
 from foveate.methods.dynrefer.recipe import RegionDataset, TrainingData
@@ -101,3 +102,38 @@ def test_captions_and_targets(make_dataset: Callable[..., RegionDataset]) -> Non
     # red, striped, small with two prompts each, then car, dog, Hat, tree.
     expected = [1, 1, -1, -1, 0, 0, 1, 0, 0, 0]
     assert torch.equal(samples[0]["prompts"], torch.tensor(expected, dtype=torch.float32))
+
+
+def test_the_cache_of_images_is_bounded_and_changes_nothing(
+    photo: Image.Image,
+    tmp_path: Path,
+    tiny_model: DynReferModel,
+    processor: DynReferProcessor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images: Any = []
+    for number in range(3):
+        photo.rotate(180 * number).save(tmp_path / f"{number}.png")
+        region = RegionSample(1, BOX, captions=("a red car",))
+        images.append(ImageSample(number, tmp_path / f"{number}.png", 96, 80, (region,)))
+    config: Any = tiny_model.config
+    kept, anew = (
+        RegionDataset(
+            images,
+            [(k, 0) for k in range(3)],
+            config,
+            processor.vocabulary,
+            TrainingData(root=tmp_path, cache_images=cache),
+        )
+        for cache in (True, False)
+    )
+    read: list[str] = []
+    load_image = recipe.load_image
+    monkeypatch.setattr(recipe, "load_image", lambda path: read.append(Path(path).name) or load_image(path))
+    monkeypatch.setattr(recipe, "IMAGE_CACHE_BYTES", 2 * 3 * 96 * 80)
+    order = [0, 1, 0, 2, 0, 1]
+    cached = [kept[index]["crops"] for index in order]
+    assert read == ["0.png", "1.png", "2.png", "1.png"], "of two places, the image used longest ago gives up its own"
+    for index, crops in zip(order, cached, strict=True):
+        np.testing.assert_array_equal(crops, anew[index]["crops"])
+    assert len(read) == 4 + len(order)

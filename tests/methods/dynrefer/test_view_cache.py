@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from foveate.data.samples import ImageSample, RegionSample
-from foveate.errors import RecipeError
+from foveate.errors import InputError, RecipeError
 from foveate.methods.dynrefer.modeling import DynReferModel
 from foveate.methods.dynrefer.processing import DynReferProcessor
 from foveate.methods.dynrefer.recipe import Collate, RegionDataset, TrainingData
@@ -83,11 +84,10 @@ def test_there_is_one_cache_for_each_tower_and_list(
     again = ViewCache.open(folder, images, INDEX, tiny_model)
     assert again.known(1, np.array([0, 3, 4])).tolist() == [False, True, False]
     assert ViewCache.open(folder, images, INDEX[:2], tiny_model).tokens.shape == (2, 11, 17, 32)
+    changed = copy.deepcopy(tiny_model)  # the others' tests compare its weights to the last bit
     with torch.no_grad():
-        next(tiny_model.vision_tower.parameters()).add_(1)
-    other = ViewCache.open(folder, images, INDEX, tiny_model)
-    with torch.no_grad():
-        next(tiny_model.vision_tower.parameters()).sub_(1)
+        next(changed.vision_tower.parameters()).add_(1)
+    other = ViewCache.open(folder, images, INDEX, changed)
     assert not other.tokens.any()
     assert len(list(folder.iterdir())) == 3
 
@@ -96,3 +96,12 @@ def test_only_views_of_the_candidates_are_cached() -> None:
     assert ViewCache.columns(np.array([0.0, 1.0, 0.3])).tolist() == [0, 10, 3]
     with pytest.raises(RecipeError, match=r"0\.25"):
         ViewCache.columns(np.array([0.0, 0.25]))
+
+
+def test_a_damaged_cache_says_what_to_do(images: Any, tmp_path: Path, tiny_model: DynReferModel) -> None:
+    ViewCache.open(tmp_path / "views", images, INDEX, tiny_model)
+    [file] = (tmp_path / "views").rglob("tokens.npy")
+    for content in (file.read_bytes()[:20], b"no array", b""):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"tokens\.npy cannot be used .*; delete its folder"):
+            ViewCache.open(tmp_path / "views", images, INDEX, tiny_model)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+from foveate.checkpoints import find_checkpoint, read_config
+from foveate.errors import CheckpointError, InputError
+from foveate.language.generation import check_generation
+from foveate.language.pretrained import first_line
 
 CANDIDATE_VIEWS: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(1, 11))
 """The interpolation coefficients that a context view may take (paper section 3.1, spec 2.1)."""
@@ -84,6 +91,7 @@ class DynReferConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self._check_values()
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         self.is_encoder_decoder = False
         if not self.view_policy:  # with more views than the default has t's for, tasks search for theirs
@@ -93,30 +101,72 @@ class DynReferConfig(PreTrainedConfig):
         self.calibration = self.calibration or {}
         self.base_models = self.base_models or {}
         self.generation = {**DEFAULT_GENERATION, **(self.generation or {})}
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def _check_values(self) -> None:
+        """Each value by itself: a file that can be read as JSON may still hold anything."""
+        for name in _SIZES:
+            if not is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= 65536:
+                raise ValueError(f"{name} must be a whole number from 1 to 65536, not {getattr(self, name)!r}")
+        for name, high in _NUMBERS.items():
+            if not is_number(getattr(self, name), 0, high):
+                raise ValueError(f"{name} must be a number from 0 to {high:g}, not {getattr(self, name)!r}")
+        for name in ("align", "exact_box_rounding"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("view_policy", "calibration", "base_models", "generation"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} must be a mapping, not {getattr(self, name)!r}")
+        if not isinstance(self.proposer, str | None):
+            raise ValueError(f"proposer must be the name of a checkpoint, not {self.proposer!r}")
+
+    def check(self) -> None:
+        """Whether the values fit together; to be called again where they are changed.
+
+        Raises:
+            ValueError: the sentence names the value.
+        """
         width = self.vision_config.hidden_size
-        if self.num_views < 1:
-            raise ValueError(f"num_views must be at least 1, not {self.num_views}")
         if self.image_size % self.vision_config.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of the tower's patch size "
                 f"{self.vision_config.patch_size}"
             )
+        layers = self.vision_config.num_hidden_layers
+        inner = is_whole(self.vision_layer) and -layers - 1 <= self.vision_layer <= layers
+        if self.vision_layer != "last_hidden_state" and not inner:
+            raise ValueError(
+                f"vision_layer must be 'last_hidden_state' or one of the tower's {-layers - 1} to {layers}, "
+                f"not {self.vision_layer!r}"
+            )
         if width % self.align_groups:
             raise ValueError(f"the tower's width {width} is not divisible by align_groups {self.align_groups}")
         if self.head_size % self.head_num_attention_heads:
             raise ValueError(f"head_size {self.head_size} is not divisible by {self.head_num_attention_heads} heads")
+        check_view_policy(self.view_policy)
         for task, coefficients in self.view_policy.items():
             if len(coefficients) not in (self.num_views - 1, self.num_views):
                 raise ValueError(
                     f"view_policy gives {len(coefficients)} t's for {task}, but {self.num_views} views need "
                     f"{self.num_views - 1}"
                 )
+            if len(coefficients) == self.num_views and coefficients[0] != 0:
+                raise ValueError(f"view_policy gives all t's of {task}, so that the first must be 0: {coefficients}")
+        for task, numbers in self.calibration.items():
+            wanted = {"tags": 2, "attributes": 2, "category": 1}.get(task)
+            if wanted is None:
+                raise ValueError(f"calibration names {task!r}; it has tags, attributes and category")
+            finite = isinstance(numbers, list | tuple) and all(is_number(value, -1e30, 1e30) for value in numbers)
+            if not finite or len(numbers) != wanted or (task == "category" and numbers[0] <= 0):
+                what = "one number above 0" if wanted == 1 else "two finite numbers, scale and bias"
+                raise ValueError(f"calibration of {task} must be a list of {what}, not {numbers!r}")
         unknown = set(self.base_models) - {"vision", "text", "language"}
         if unknown:
             raise ValueError(f"base_models names unknown parts: {', '.join(sorted(unknown))}")
+        for part, name in self.base_models.items():
+            if not isinstance(name, str):
+                raise ValueError(f"base_models of {part} must be the name of a checkpoint, not {name!r}")
+        check_generation(self.generation)
 
     @property
     def grid_size(self) -> int:
@@ -140,3 +190,67 @@ DEFAULT_GENERATION: dict[str, Any] = {
     "repetition_penalty": 1.5,
 }
 """Spec 4.1 step 7."""
+
+_SIZES = ("num_views", "image_size", "num_query_tokens", "align_groups", "head_size", "head_layers")
+_SIZES += ("head_num_attention_heads", "max_text_tokens")
+_NUMBERS = dict.fromkeys(("head_dropout", "tag_threshold", "attribute_threshold", "initializer_range"), 1.0)
+_NUMBERS |= dict.fromkeys(("tag_loss_weight", "contrast_loss_weight", "caption_loss_weight", "prompt_loss_weight"), 1e9)
+"""The highest value that a number may have; the lowest is 0."""
+
+
+def check_coefficients(coefficients: Any) -> None:
+    """Whether these are t's of views, in a recipe or a checkpoint.
+
+    Raises:
+        ValueError: no list of numbers from 0 to 1.
+    """
+    if not isinstance(coefficients, list | tuple) or not all(is_number(t, 0, 1) for t in coefficients):
+        raise ValueError(
+            f"views are a list of t's between 0 (the region) and 1 (the whole image), such as [0.3, 0.5], "
+            f"not {coefficients!r}"
+        )
+
+
+def check_view_policy(policy: dict[str, Any]) -> None:
+    """Whether each key is a task and each value its t's.
+
+    Raises:
+        ValueError: it is not; the sentence names the task.
+    """
+    for task, coefficients in policy.items():
+        if task not in DEFAULT_VIEW_POLICY:
+            raise ValueError(f"view_policy names the task {task!r}; tasks are {', '.join(DEFAULT_VIEW_POLICY)}")
+        try:
+            check_coefficients(coefficients)
+        except ValueError as error:
+            raise ValueError(f"view_policy of {task}: {error}") from None
+
+
+def find_dynrefer(name: str | os.PathLike[str]) -> Path:
+    """The folder of a DynRefer checkpoint, with a `config.json` that has been checked.
+
+    Raises:
+        InputError: there is no such model, or it is one of another kind.
+        CheckpointError: its `config.json` cannot be used; the sentence names the value.
+    """
+    folder = find_checkpoint(name)
+    model_type = read_config(folder).get("model_type")
+    if model_type != DynReferConfig.model_type:
+        raise InputError(f"{os.fspath(name)} is a {model_type!r} model, not a DynRefer; try dynrefer-world.")
+    try:
+        DynReferConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many types on values that it did not expect
+        raise CheckpointError(
+            f"{folder / 'config.json'} cannot be used: {first_line(error).rstrip('.')}; mend it or copy it again."
+        ) from None
+    return folder
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; JSON's true and Python's True are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Whether it is a number of this range, in which NaN is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

@@ -252,7 +252,9 @@ class DynReferModel(DynReferPreTrainedModel):
         try:
             target.load_state_dict(source.state_dict())
         except RuntimeError as error:
-            raise CheckpointError(f"the base model {name!r} does not fit this configuration: {error}") from error
+            raise CheckpointError(
+                f"the base model {name!r} does not fit this configuration: {first_line(error)}"
+            ) from error
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As in transformers, less the parts that `config.base_models` names."""

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from foveate.checkpoints import WEIGHTS
 from foveate.errors import CheckpointError, InputError
+from foveate.language.pretrained import first_line
 from foveate.ops.boxes import validate_boxes
 from foveate.vision.images import decode_rle, load_image
 
-from .configuration import CANDIDATE_VIEWS
+from .configuration import CANDIDATE_VIEWS, find_dynrefer, is_whole
 from .modeling import DynReferModel, group_maximum
-from .processing import CLASS_TEMPLATE, DynReferProcessor, control_text
+from .processing import CLASS_TEMPLATE, DynReferProcessor, check_words, control_text
 from .results import Region, Regions, View
 from .views import build_views, region_from_mask, resolve_policy, search_coefficients
 
@@ -80,25 +81,40 @@ class DynReferPredictor:
         Args:
             device: default CUDA if there is one, else CPU.
             dtype: default bfloat16 on CUDA, float32 on CPU.
+
+        Raises:
+            InputError: there is no such model, it is of another kind, or the dtype is float16.
+            CheckpointError: a file of it is damaged or does not fit the others; the sentence names the file.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dtype == torch.float16:
             raise InputError("DynRefer's T5 overflows in float16 and gives broken captions; use bfloat16 or float32")
+        folder = find_dynrefer(folder)
         try:
             model = DynReferModel.from_pretrained(folder, dtype=dtype).to(device)
         except CheckpointError:
             raise
         except Exception as error:  # safetensors and transformers raise many types on a damaged file
             raise CheckpointError(f"cannot load the DynRefer checkpoint {str(folder)!r}: {error}") from error
-        processor = DynReferProcessor.from_pretrained(folder, base_models=model.config.base_models)
-        if Path(folder).parent == WEIGHTS:
+        config = model.config
+        processor = DynReferProcessor.from_pretrained(folder, base_models=config.base_models)
+        for part, tokenizer, entries in (
+            ("text", processor.text_tokenizer, config.text_config.vocab_size),
+            ("language", processor.language_tokenizer, config.language_config.vocab_size),
+        ):
+            if len(tokenizer) > entries:
+                raise CheckpointError(
+                    f"the {part} tokenizer of {folder} has {len(tokenizer)} entries, but its model has {entries}; "
+                    "they are of different models, copy the checkpoint again"
+                )
+        if folder.parent == WEIGHTS:
             warnings.warn(
-                f"{Path(folder).name} knows the rendered world only, nothing of photographs; for those, convert the "
+                f"{folder.name} knows the rendered world only, nothing of photographs; for those, convert the "
                 "official DynRefer weights or train on photographs by a recipe",
                 stacklevel=2,
             )
-        return cls(model, processor, name=Path(folder).name)
+        return cls(model, processor, name=folder.name)
 
     # ---------------------------------------------------------------- public call
 
@@ -140,9 +156,9 @@ class DynReferPredictor:
         single = not isinstance(images, list | tuple)
         sources = [images] if single else list(images)
         tasks = self._check_tasks(tasks)
-        if not _is_int(batch_size) or batch_size < 1:
+        if not is_whole(batch_size) or batch_size < 1:
             raise InputError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
-        if num_beams is not None and (not _is_int(num_beams) or not 1 <= num_beams <= 64):
+        if num_beams is not None and (not is_whole(num_beams) or not 1 <= num_beams <= 64):
             raise InputError(f"num_beams must be a whole number from 1 to 64, not {num_beams!r}")
         class_names = self._check_classes(classes)
         vocabulary = self.processor.vocabulary
@@ -151,7 +167,15 @@ class DynReferPredictor:
             if task in tasks and not words:
                 hint = "give classes" if task == "category" else f"leave {task!r} out of tasks"
                 raise InputError(f"this model brings no list of words for {task!r}; {hint}")
-        controls = _check_words(controls, "controls")
+        controls = check_words(controls, "controls")
+        # What a tokenizer cuts off would be left out without a word.
+        language, limit = self.processor.language_tokenizer, self.processor.max_text_tokens
+        _check_lengths(
+            language, limit, {"the controls": control_text(tuple(dict.fromkeys(controls)))} if controls else {}
+        )
+        if classes is not None:
+            prompts = {f"the class {name!r}": CLASS_TEMPLATE.format(name.lower()) for name in class_names}
+            _check_lengths(self.processor.text_tokenizer, self.processor.max_prompt_tokens, prompts)
         groups = self._group_tasks(tasks, views)
         nested = [
             self._pick(value, index, len(sources), single, name)
@@ -182,7 +206,7 @@ class DynReferPredictor:
     def _check_tasks(self, tasks: Any) -> tuple[str, ...]:
         if isinstance(tasks, str):
             tasks = (tasks,)
-        named = [_ALIASES.get(task, task) for task in _check_words(tasks, "tasks")]
+        named = [_ALIASES.get(task, task) for task in check_words(tasks, "tasks")]
         for task in named:
             if task not in TASKS:
                 import difflib
@@ -196,7 +220,7 @@ class DynReferPredictor:
         return tuple(task for task in TASKS if task in named)
 
     def _check_classes(self, classes: Any) -> tuple[str, ...]:
-        names = self.processor.vocabulary.classes if classes is None else _check_words(classes, "classes")
+        names = self.processor.vocabulary.classes if classes is None else check_words(classes, "classes")
         if classes is not None and not names:
             raise InputError("the class list is empty; give at least one class name, or leave it out")
         if len(set(names)) < len(names):
@@ -248,7 +272,7 @@ class DynReferPredictor:
             return np.array([[0, 0, width, height]], dtype=np.float32), None
         parts = []
         if boxes is not None:
-            parts.append(validate_boxes(boxes, image_size=(height, width)).numpy().astype(np.float32))
+            parts.append(self._checked_boxes(boxes, width, height))
         if masks is not None:
             parts.append(self._mask_boxes(masks, width, height))
         regions = np.concatenate(parts)
@@ -259,14 +283,25 @@ class DynReferPredictor:
         return regions, None
 
     @staticmethod
+    def _checked_boxes(boxes: Any, width: int, height: int) -> np.ndarray:
+        try:
+            plain = boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes
+            return validate_boxes(plain, image_size=(height, width)).numpy().astype(np.float32)
+        except (RuntimeError, TypeError) as error:  # sparse, nested, without values: torch has many kinds of tensors
+            reason = first_line(error).rstrip(".")
+            raise InputError(f"boxes cannot be read ({reason}); give numbers, an array or a dense tensor") from None
+
+    @staticmethod
     def _mask_boxes(masks: Any, width: int, height: int) -> np.ndarray:
+        if isinstance(masks, Tensor | np.ndarray):
+            masks = _mask_pixels(masks)
         if isinstance(masks, dict) or (isinstance(masks, np.ndarray) and masks.ndim == 2):
             masks = [masks]
         if not isinstance(masks, np.ndarray | list | tuple):
             raise InputError(f"masks must be a list of H x W arrays or COCO RLEs, not {type(masks).__name__}")
         boxes = []
         for mask in masks:
-            pixels = decode_rle(mask, size=(height, width)) if isinstance(mask, dict) else np.asarray(mask)
+            pixels = decode_rle(mask, size=(height, width)) if isinstance(mask, dict) else _mask_pixels(mask)
             if pixels.shape != (height, width):
                 raise InputError(
                     f"a mask has shape {pixels.shape}, but the image is {height} x {width}; they must agree"
@@ -482,14 +517,24 @@ def _finite(logits: Tensor, what: str) -> Tensor:
     return logits.float()
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _mask_pixels(mask: Any) -> np.ndarray:
+    """The mask as an array; its size and type are the caller's to check."""
+    try:
+        return np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
+    except (RuntimeError, TypeError, ValueError) as error:  # ragged rows, or a tensor that is sparse or has no values
+        reason = first_line(error).rstrip(".")
+        raise InputError(
+            f"a mask cannot be read ({reason}); give H rows of W values, an array or a dense tensor"
+        ) from None
 
 
-def _check_words(words: Any, what: str) -> tuple[str, ...]:
-    if not isinstance(words, Sequence) or isinstance(words, str | bytes):
-        raise InputError(f"{what} must be a list of words, not {words!r}")
-    for word in words:
-        if not isinstance(word, str) or not word.strip():
-            raise InputError(f"{what} must be a list of words, and {word!r} is none")
-    return tuple(words)
+def _check_lengths(tokenizer: Any, limit: int, texts: dict[str, str]) -> None:
+    """Refuses texts (by what they are) of more tokens than a model reads."""
+    if not texts:
+        return
+    for what, ids in zip(texts, tokenizer(list(texts.values()))["input_ids"], strict=True):
+        if len(ids) > limit:
+            shown = what if len(what) <= 80 else f"{what[:77]}..."
+            raise InputError(
+                f"{shown}: {len(ids)} tokens are more than the {limit} that this model reads; use fewer words"
+            )

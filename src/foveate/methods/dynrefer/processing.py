@@ -17,6 +17,8 @@ from foveate.errors import CheckpointError, InputError
 from foveate.files import atomic_write
 from foveate.language.lm import load_tokenizer
 
+from .configuration import is_number, is_whole
+
 VOCABULARY_FILE = "vocabulary.json"
 PROCESSOR_FILE = "processor_config.json"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -49,6 +51,25 @@ def attribute_prompts(name: str, kind: str = "is") -> list[str]:
 def control_text(words: Sequence[str]) -> str:
     """Control words as the captioner reads them: joined by commas, closed by a bar; "|" alone for none (spec 2.10)."""
     return ",".join(words) + "|"
+
+
+def check_words(words: Any, what: str) -> tuple[str, ...]:
+    """The words as a tuple, if they are a list of texts that a tokenizer can read.
+
+    Raises:
+        InputError: something else; the sentence says `what` and shows it.
+    """
+    if not isinstance(words, Sequence) or isinstance(words, str | bytes):
+        raise InputError(f"{what} must be a list of words, not {words!r}")
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise InputError(f"{what} must be a list of words, and {word!r} is none")
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            # Bytes of a command line or a file that are not UTF-8 arrive as halves of surrogate pairs.
+            raise InputError(f"{what} must be words in Unicode, and {word!r} is not; give it in UTF-8") from None
+    return tuple(words)
 
 
 @dataclass(frozen=True)
@@ -97,10 +118,19 @@ class Vocabulary:
     def load(cls, path: Path) -> Vocabulary:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            attributes = tuple(Attribute(item["name"], tuple(item["prompts"])) for item in raw["attributes"])
-            return cls(tuple(raw["tags"]), attributes, tuple(raw["classes"]), raw.get("source", ""))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"cannot read the vocabulary {path}: {error}") from error
+            names = check_words([item["name"] for item in raw["attributes"]], "attributes")
+            prompts = [check_words(item["prompts"], f"prompts of {item['name']!r}") for item in raw["attributes"]]
+            if not all(prompts):
+                raise ValueError(f"the attribute {names[prompts.index(())]!r} has no prompt")
+            return cls(
+                check_words(raw["tags"], "tags"),
+                tuple(map(Attribute, names, prompts)),
+                check_words(raw["classes"], "classes"),
+                str(raw.get("source", "")),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise CheckpointError(f"cannot read the vocabulary {path}: {reason}") from error
 
 
 class DynReferProcessor:
@@ -137,9 +167,14 @@ class DynReferProcessor:
         mean, std = torch.tensor(self.image_mean)[:, None, None], torch.tensor(self.image_std)[:, None, None]
         return pixels.sub_(mean).div_(std)
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The most tokens that the text encoder reads of a text."""
+        return min(77, getattr(self.text_tokenizer, "model_max_length", 77))
+
     def text_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(V, L) ids and attention mask for the text encoder, truncated with the end token kept (spec 2.8)."""
-        limit = min(77, getattr(self.text_tokenizer, "model_max_length", 77))
+        limit = self.max_prompt_tokens
         batch = self.text_tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"]
 
@@ -177,12 +212,15 @@ class DynReferProcessor:
         folder = Path(folder)
         try:
             raw = json.loads((folder / PROCESSOR_FILE).read_text(encoding="utf-8"))
-            settings: dict[str, Any] = {
-                "image_mean": [float(value) for value in raw["image_mean"]],
-                "image_std": [float(value) for value in raw["image_std"]],
-                "max_text_tokens": int(raw["max_text_tokens"]),
-            }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            settings = {name: raw[name] for name in ("image_mean", "image_std", "max_text_tokens")}
+            for name in ("image_mean", "image_std"):
+                three = isinstance(settings[name], list) and len(settings[name]) == 3
+                lowest = -1e3 if name == "image_mean" else 1e-6
+                if not three or not all(is_number(value, lowest, 1e3) for value in settings[name]):
+                    raise ValueError(f"{name} must be three numbers, one per channel, not {settings[name]!r}")
+            if not is_whole(settings["max_text_tokens"]) or not 1 <= settings["max_text_tokens"] <= 65536:
+                raise ValueError(f"max_text_tokens must be a whole number of at least 1: {raw['max_text_tokens']!r}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"cannot read {folder / PROCESSOR_FILE}: {type(error).__name__} {error}") from error
         tokenizers = {}
         for part in ("text", "language"):

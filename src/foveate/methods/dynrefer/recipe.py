@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from PIL import Image
+from pydantic import BeforeValidator, Field
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 
 from foveate.checkpoints import find_checkpoint, read_config
 from foveate.data import open_dataset
 from foveate.data.dataset import SampleDataset
+from foveate.data.records import read_json
 from foveate.data.samples import RegionSample
 from foveate.data.text import clean_caption
-from foveate.errors import RecipeError
-from foveate.language.lm import load_language_model, load_tokenizer
+from foveate.errors import FoveateError, RecipeError
+from foveate.language.generation import check_generation
+from foveate.language.lm import load_config, load_language_model, load_tokenizer
+from foveate.language.pretrained import first_line
 from foveate.metrics.calibration import expected_calibration_error, fit_platt
 from foveate.metrics.captioning import caption_report
 from foveate.metrics.classification import class_breakdown, mean_average_precision
-from foveate.training.recipes import Recipe, RecipePath, RecipeSection
+from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection
 from foveate.training.sampling import SampleRandom, SeededDataset
 from foveate.training.trainer import TrainingTask
 from foveate.vision.images import load_image
@@ -38,22 +41,56 @@ from foveate.world.vocabulary import (
     tag_vocabulary,
 )
 
-from .configuration import CANDIDATE_VIEWS, DynReferConfig
+from .configuration import CANDIDATE_VIEWS, DynReferConfig, check_coefficients, check_view_policy, find_dynrefer
 from .modeling import DynReferModel
 from .predictor import TASKS, DynReferPredictor
 from .processing import CLASS_TEMPLATE, DynReferProcessor, Vocabulary, control_text
 from .results import Region
 from .view_cache import ViewCache
-from .views import boxes_in_views, build_views, crop_view, interpolate_boxes, pixel_boxes, sample_coefficients
+from .views import (
+    SELECTIONS,
+    boxes_in_views,
+    build_views,
+    crop_view,
+    interpolate_boxes,
+    pixel_boxes,
+    sample_coefficients,
+)
 
 log = logging.getLogger(__name__)
+
+IMAGE_CACHE_BYTES = 2 * 2**30
+"""Decoded images that a process keeps in memory where `data.cache_images` is on; 2 GiB is 10,000 images of 256 px."""
+
+
+def _checked(check: Callable[[Any], None], *words: str) -> BeforeValidator:
+    """Has a value of a recipe refused in one sentence, where pydantic would say for each type that it is none of it.
+
+    None and the `words` are not checked.
+    """
+
+    def validate(value: Any) -> Any:
+        if value is not None and value not in words:
+            try:
+                check(value)
+            except ValueError as error:
+                raise ValueError(f"{error} (or take {', '.join(words)})" if words else str(error)) from None
+        return value
+
+    return BeforeValidator(validate)
+
+
+def _check_policy(policy: Any) -> None:
+    if not isinstance(policy, dict):
+        raise ValueError(f"a mapping of tasks to t's is needed, not {policy!r}")
+    check_view_policy(policy)
 
 
 class WorldScenes(RecipeSection):
     """Scenes to render and export into `root` when nothing is there yet."""
 
-    first_seed: int = Field(ge=0)
-    count: int = Field(gt=0)
+    first_seed: int = Field(ge=0, le=LARGEST)
+    count: int = Field(gt=0, le=LARGEST)
     size: int = Field(256, ge=32, le=2048, description="side in pixels")
     processes: int = Field(2, gt=0, le=64)
 
@@ -65,17 +102,21 @@ class RegionData(RecipeSection):
     root: RecipePath
     split: str = "train"
     world: WorldScenes | None = Field(None, description="render the dataset first if `root` does not exist")
-    regions: int | None = Field(None, gt=0, description="use only so many regions, drawn by `seed`")
+    regions: int | None = Field(
+        None,
+        gt=0,
+        description="use only so many regions: for training those that `seed` draws, elsewhere always the same ones",
+    )
     skip_bad: bool = False
 
 
 class TrainingData(RegionData):
-    views: Literal["random"] | list[float] = Field(
+    views: Annotated[Literal["random"] | list[float], _checked(check_coefficients, "random")] = Field(
         "random", description="context views: drawn anew for each region and epoch, or always these t's"
     )
     control_dropout: float = Field(0.5, ge=0, le=1, description="share of samples without any control word")
     canonical_caption: float = Field(0.5, ge=0, le=1, description="share of samples with the first reference")
-    cache_images: bool = Field(True, description="keep decoded images in memory")
+    cache_images: bool = Field(True, description="keep decoded images in memory, up to 2 GiB in each process")
     cache_views: RecipePath | None = Field(
         None, description="folder that keeps the frozen tower's tokens of all views; for small datasets"
     )
@@ -87,36 +128,38 @@ class ModelSettings(RecipeSection):
     base_models: dict[Literal["vision", "text", "language"], str]
     init_from: str | None = Field(None, description="start from this DynRefer checkpoint instead of fresh modules")
     num_views: int = Field(3, ge=1, le=11)
-    image_size: int = Field(224, gt=0)
+    image_size: int = Field(224, gt=0, le=4096)
     vision_layer: int | Literal["last_hidden_state"] = "last_hidden_state"
-    num_query_tokens: int = Field(32, gt=0)
-    qformer_width: int = 768
-    qformer_layers: int = 12
-    qformer_heads: int = 12
+    num_query_tokens: int = Field(32, gt=0, le=4096)
+    qformer_width: int = Field(768, gt=0, le=8192)
+    qformer_layers: int = Field(12, gt=0, le=128)
+    qformer_heads: int = Field(12, gt=0, le=256)
     qformer_dropout: float = Field(0.1, ge=0, lt=1)
     align: bool = True
-    align_groups: int = 4
-    head_size: int = 256
-    head_layers: int = 2
-    head_num_attention_heads: int = 4
+    align_groups: int = Field(4, gt=0, le=256)
+    head_size: int = Field(256, gt=0, le=8192)
+    head_layers: int = Field(2, gt=0, le=128)
+    head_num_attention_heads: int = Field(4, gt=0, le=256)
     head_dropout: float = Field(0.1, ge=0, lt=1)
-    tag_loss_weight: float = Field(0.01, ge=0)
-    contrast_loss_weight: float = Field(0.5, ge=0)
-    caption_loss_weight: float = Field(1.0, ge=0)
-    prompt_loss_weight: float = Field(0.0, ge=0)
+    tag_loss_weight: float = Field(0.01, ge=0, le=1e9)
+    contrast_loss_weight: float = Field(0.5, ge=0, le=1e9)
+    caption_loss_weight: float = Field(1.0, ge=0, le=1e9)
+    prompt_loss_weight: float = Field(0.0, ge=0, le=1e9)
     tag_threshold: float = Field(0.7, ge=0, le=1)
-    view_policy: dict[str, list[float]] | None = None
+    view_policy: Annotated[dict[str, list[float]] | None, _checked(_check_policy)] = None
     exact_box_rounding: bool = True
     proposer: str | None = Field(None, description="region proposer for describing everything")
-    generation: dict[str, int | float] | None = None
+    generation: Annotated[dict[str, int | float] | None, _checked(check_generation)] = None
 
 
 class EvaluationSettings(RecipeSection):
     data: RegionData
-    views: str | list[float] | None = Field(None, description="null: the model's policy per task; auto; or t's")
-    tasks: tuple[str, ...] = TASKS
-    num_beams: int | None = None
-    batch_size: int = Field(64, gt=0)
+    views: Annotated[str | list[float] | None, _checked(check_coefficients, "task", "auto", *SELECTIONS)] = Field(
+        None, description="null: the model's policy per task; auto; or t's"
+    )
+    tasks: tuple[Literal["caption", "tags", "attributes", "category"], ...] = Field(TASKS, min_length=1)
+    num_beams: int | None = Field(None, gt=0, le=64)
+    batch_size: int = Field(64, gt=0, le=LARGEST)
 
 
 class DynReferRecipe(Recipe):
@@ -132,8 +175,16 @@ RECIPE = DynReferRecipe
 # -------------------------------------------------------------------- data
 
 
-def open_regions(data: RegionData) -> tuple[SampleDataset, list[tuple[int, int]]]:
-    """The dataset and the (image, region) pairs of it that have a caption; rendered first if the recipe says so."""
+def open_regions(data: RegionData, seed: int = 0) -> tuple[SampleDataset, list[tuple[int, int]]]:
+    """The dataset and the (image, region) pairs of it that have a caption; rendered first if the recipe says so.
+
+    Args:
+        seed: draws which regions are used where `data.regions` limits them. What measures models keeps the default, so
+            that the figures of runs with other seeds compare.
+
+    Raises:
+        InputError, RecipeError: the dataset is not there, is damaged, or has no such region.
+    """
     if not data.root.exists() and data.world is not None:
         log.info("rendering %d scenes into %s", data.world.count, data.root)
         export_scenes(
@@ -150,15 +201,27 @@ def open_regions(data: RegionData) -> tuple[SampleDataset, list[tuple[int, int]]
     if not index:
         raise RecipeError(f"the dataset {data.root} has no region with a caption in its split {data.split!r}")
     if data.regions is not None and data.regions < len(index):
-        chosen = np.random.default_rng(0).choice(len(index), size=data.regions, replace=False)
+        chosen = np.random.default_rng(seed).choice(len(index), size=data.regions, replace=False)
         index = [index[k] for k in np.sort(chosen)]
     return dataset, index
+
+
+def check_root(data: RegionData, section: str) -> None:
+    """Whether there is something that `open_regions` can open or render, without doing so.
+
+    Raises:
+        RecipeError: there is not.
+    """
+    if not data.root.exists() and data.world is None:
+        raise RecipeError(
+            f"{section}.root: there is no folder {data.root}; put the dataset there, or give {section}.world"
+        )
 
 
 def dataset_vocabulary(dataset: SampleDataset, name: str) -> Vocabulary:
     """The rendered world's lists for its own datasets; for others the words that the annotations use."""
     manifest = dataset.root / "dataset.json"
-    if manifest.is_file() and json.loads(manifest.read_text()).get("source") == "foveate.world.scenes":
+    if manifest.is_file() and read_json(manifest, dict).get("source") == "foveate.world.scenes":
         return Vocabulary.from_words(tag_vocabulary(), attribute_vocabulary(), category_names(), "foveate.world")
     tags: set[str] = set()
     attributes: set[str] = set()
@@ -191,7 +254,8 @@ class RegionDataset(SeededDataset):
         self.attributes = {attribute.name: k for k, attribute in enumerate(vocabulary.attributes)}
         self.classes = {name: k for k, name in enumerate(vocabulary.classes)}
         self.repeats = torch.tensor(vocabulary.group_sizes, dtype=torch.long)
-        self._images: dict[int, Any] = {}
+        self._images: OrderedDict[int, Image.Image] = OrderedDict()  # the one used last at the end
+        self._image_bytes = 0
         if data.views != "random" and len(data.views) != config.num_views - 1:
             raise RecipeError(
                 f"data.views gives {len(data.views)} t's, but num_views {config.num_views} needs one less"
@@ -202,13 +266,17 @@ class RegionDataset(SeededDataset):
     def __len__(self) -> int:
         return len(self.index)
 
-    def _image(self, index: int) -> Any:
-        if index not in self._images:
-            image = load_image(self.dataset[index].path)
-            if not self.data.cache_images:
-                return image
+    def _image(self, index: int) -> Image.Image:
+        if index in self._images:
+            self._images.move_to_end(index)
+            return self._images[index]
+        image = load_image(self.dataset[index].path)
+        if self.data.cache_images:
             self._images[index] = image
-        return self._images[index]
+            self._image_bytes += _bytes_of(image)
+            while self._image_bytes > IMAGE_CACHE_BYTES:
+                self._image_bytes -= _bytes_of(self._images.popitem(last=False)[1])
+        return image
 
     def sample(self, index: int, random: SampleRandom) -> dict[str, Any]:
         image_index, number = self.index[index]
@@ -274,6 +342,10 @@ class RegionDataset(SeededDataset):
         return torch.cat([known.repeat_interleave(self.repeats), classes])
 
 
+def _bytes_of(image: Image.Image) -> int:
+    return 3 * image.width * image.height
+
+
 class Collate:
     """Samples -> the keywords of `DynReferModel.forward`."""
 
@@ -327,7 +399,12 @@ class Collate:
 
 
 def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynReferModel:
-    """The model of a recipe with its frozen parts loaded."""
+    """The model of a recipe with its frozen parts loaded.
+
+    Raises:
+        RecipeError: the sizes do not fit each other or the base models.
+        InputError, CheckpointError: a base model, or the model to start from, is missing or damaged.
+    """
     folders = {part: find_checkpoint(name) for part, name in settings.base_models.items()}
     missing = {"vision", "text", "language"} - set(folders)
     if missing:
@@ -340,29 +417,41 @@ def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynRef
     language_config = load_language_model(folders["language"], dtype=torch.float32, feed_forward_activation="gelu")[
         0
     ].config
-    vision_config = AutoConfig.from_pretrained(folders["vision"])
-    text_config = vision_config if folders["text"] == folders["vision"] else AutoConfig.from_pretrained(folders["text"])
+    vision_config = load_config(folders["vision"])
+    text_config = vision_config if folders["text"] == folders["vision"] else load_config(folders["text"])
     text = getattr(text_config, "text_config", text_config)
     if not isinstance(text, CLIPTextConfig):
         raise RecipeError(f"the text base model must be a CLIP, not {read_config(folders['text']).get('model_type')!r}")
     if vision_config.model_type == "clip" and text is not text_config:
         text.projection_dim = text_config.projection_dim  # a whole CLIP projects to the size that it names at the top
-    config = DynReferConfig(
-        vision_config=getattr(vision_config, "vision_config", vision_config).to_dict(),
-        text_config=text.to_dict(),
-        qformer_config={
-            "hidden_size": settings.qformer_width,
-            "num_hidden_layers": settings.qformer_layers,
-            "num_attention_heads": settings.qformer_heads,
-            "intermediate_size": 4 * settings.qformer_width,
-            "hidden_dropout_prob": settings.qformer_dropout,
-            "attention_probs_dropout_prob": settings.qformer_dropout,
-        },
-        # Where the parts lay on the machine that trained is nobody's business; `base_models` has their names.
-        language_config=language_config.to_dict() | {"_name_or_path": ""},
-        **chosen,
+    try:
+        config = DynReferConfig(
+            vision_config=getattr(vision_config, "vision_config", vision_config).to_dict(),
+            text_config=text.to_dict(),
+            qformer_config={
+                "hidden_size": settings.qformer_width,
+                "num_hidden_layers": settings.qformer_layers,
+                "num_attention_heads": settings.qformer_heads,
+                "intermediate_size": 4 * settings.qformer_width,
+                "hidden_dropout_prob": settings.qformer_dropout,
+                "attention_probs_dropout_prob": settings.qformer_dropout,
+            },
+            # Where the parts lay on the machine that trained is nobody's business; `base_models` has their names.
+            language_config=language_config.to_dict() | {"_name_or_path": ""},
+            **chosen,
+        )
+        model = DynReferModel(config)
+    except FoveateError:
+        raise
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # of transformers' models, on their sizes
+        raise _unfit(error) from None
+    return model.load_base_models()
+
+
+def _unfit(error: Exception) -> RecipeError:
+    return RecipeError(
+        f"the settings of model do not fit together: {first_line(error).rstrip('.')}; change one of them."
     )
-    return DynReferModel(config).load_base_models()
 
 
 CHANGEABLE = frozenset(
@@ -378,7 +467,7 @@ def _continue_from(settings: ModelSettings, name: str) -> DynReferModel:
     Raises:
         RecipeError: the recipe says a size that is not the checkpoint's.
     """
-    model = DynReferModel.from_pretrained(find_checkpoint(name))
+    model = DynReferModel.from_pretrained(find_dynrefer(name))
     config = model.config
     for field in settings.model_fields_set - {"init_from", "base_models"}:
         wanted = getattr(settings, field)
@@ -394,16 +483,26 @@ def _continue_from(settings: ModelSettings, name: str) -> DynReferModel:
             found = getattr(config, field)
         if found != wanted:
             raise RecipeError(f"model.{field} is {wanted}, but the checkpoint {name} of model.init_from has {found}")
+    try:
+        config.check()
+    except ValueError as error:
+        raise _unfit(error) from None
     return model
 
 
 def build(recipe: DynReferRecipe) -> TrainingTask:
     """Data, model, collation, and the calibration that follows training."""
-    dataset, index = open_regions(recipe.data)
+    # What is needed after hours of training is looked for before.
+    check_root(recipe.evaluation.data, "evaluation.data")
+    if recipe.calibration is not None:
+        check_root(recipe.calibration, "calibration")
     model = build_model(recipe.model)
+    dataset, index = open_regions(recipe.data, recipe.seed)
+    if recipe.calibration is not None:
+        open_regions(recipe.calibration)
     config: Any = model.config
     if recipe.model.init_from is not None:
-        folder = find_checkpoint(recipe.model.init_from)
+        folder = find_dynrefer(recipe.model.init_from)
         vocabulary = DynReferProcessor.from_pretrained(folder, base_models=config.base_models).vocabulary
     else:
         vocabulary = dataset_vocabulary(dataset, str(recipe.data.root))
@@ -429,6 +528,8 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
     if recipe.data.cache_views is not None:
         if recipe.training.workers:
             raise RecipeError("data.cache_views works in the training process itself; set training.workers to 0")
+        if recipe.data.views != "random":
+            ViewCache.columns(np.array(recipe.data.views))
         cache = ViewCache.open(recipe.data.cache_views, dataset, index, model)
 
     def save(folder: Path) -> None:

@@ -33,7 +33,12 @@ class ViewCache:
     """
 
     def __init__(self, path: Path) -> None:
-        self.tokens: np.ndarray = np.load(path, mmap_mode="r+")
+        try:
+            self.tokens: np.ndarray = np.load(path, mmap_mode="r+")
+        except (OSError, ValueError, EOFError) as error:  # the last two: not numpy's, or a part of its header
+            raise InputError(
+                f"the cache of views {path} cannot be used ({error}); delete its folder, and it is filled anew."
+            ) from None
 
     @classmethod
     def open(
@@ -44,6 +49,9 @@ class ViewCache:
         Args:
             folder: holds one cache for each tower, view size and list of regions.
             index: (image, region) pairs of the dataset.
+
+        Raises:
+            InputError: the cache cannot be made or is damaged.
         """
         path = folder / _key(dataset, index, model)
         if not path.is_dir():

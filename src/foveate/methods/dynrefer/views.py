@@ -243,7 +243,7 @@ def resolve_policy(views: Any, task: str, num_views: int, policy: Mapping[str, S
         return name
     try:
         t = np.asarray(views, dtype=np.float64).reshape(-1)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: a tensor without plain values
         raise InputError(f"views must be a list of numbers between 0 and 1, not {views!r}") from error
     if len(t) == num_views - 1:
         t = np.concatenate([[0.0], t])
