@@ -343,7 +343,7 @@ class TestRefusals:
             load_image(Image.new("RGB", (0, 5)))
 
 
-def drawn(*values: object, mode: str = "L", size: tuple[int, int] = (3, 1), **changes: Any) -> bytes:
+def drawn(*values: Any, mode: str = "L", size: tuple[int, int] = (3, 1), **changes: Any) -> bytes:
     """A PNG with these pixels; `palette` and `exif` are put into it."""
     image = Image.new(mode, size)
     image.putdata(values)

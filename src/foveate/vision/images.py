@@ -99,14 +99,12 @@ def load_mask(
 def _mask_meanings(image: Image.Image, name: str) -> list[np.ndarray]:
     """What may be meant by an image as a mask, the likeliest first. Each one is bool (H, W)."""
     if image.mode in ("1", "L", "I", *_SIXTEEN_BIT_MODES):
-        return [np.asarray(image) != 0]
-    if image.mode not in _CONVERTIBLE_MODES:
-        return [np.asarray(_to_rgb(image, name)).any(axis=-1)]
-    rgba = np.asarray((image if image.has_transparency_data else image.convert("RGB")).convert("RGBA"))
+        return [np.asarray(image).astype(bool)]
+    rgba = np.asarray((image if image.has_transparency_data else _to_rgb(image, name)).convert("RGBA"))
     opaque = rgba[..., 3] != 0
     # Under full transparency there may be any colour, which nobody has seen.
     meanings = [rgba[..., :3].any(axis=-1) & opaque, opaque]
-    return [np.asarray(image) != 0, *meanings] if image.mode == "P" else meanings
+    return [np.asarray(image).astype(bool), *meanings] if image.mode == "P" else meanings
 
 
 def check_image_file(path: str | os.PathLike[str]) -> None:
