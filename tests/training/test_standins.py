@@ -152,9 +152,9 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             d_ff=16,
             num_layers=1,
             num_heads=2,
-            decoder_start_token_id=0,
         )
     )
+    t5.generation_config.decoder_start_token_id = 0
     for folder, model, tokenizer in ((CLIP_RECIPE, clip, clip_tokenizer), (T5_RECIPE, t5, t5_tokenizer)):
         model.save_pretrained(folders[folder])
         tokenizer.save_pretrained(folders[folder])

@@ -430,9 +430,10 @@ class _Trainer(Trainer):
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:  # torch and the optimisers raise many types on a state that is damaged or not theirs
+            advice = f"resume with the recipe.yaml that started the run, or {_without(str(checkpoint))}"
             raise CheckpointError(
                 f"The optimiser state of {checkpoint} is damaged or of another model or optimiser "
-                f"({first_line(error)}); resume with the recipe.yaml that started the run, or {_without(checkpoint)}."
+                f"({first_line(error)}); {advice}."
             ) from None
 
 

@@ -123,7 +123,7 @@ def test_the_cache_of_images_is_bounded_and_changes_nothing(
             [(k, 0) for k in range(3)],
             config,
             processor.vocabulary,
-            TrainingData(root=tmp_path, cache_images=cache),
+            TrainingData.model_validate({"root": tmp_path, "cache_images": cache}),
         )
         for cache in (True, False)
     )

@@ -78,7 +78,7 @@ class ViewCache:
     def known(self, row: int, columns: np.ndarray) -> np.ndarray:
         """Which views (n,) of a region have tokens."""
         # Layer-normalised tokens are never all zero. The last one is looked at, as it is written last.
-        return self.tokens[row, columns, -1].any(axis=1)
+        return np.asarray(self.tokens[row, columns, -1].any(axis=1))
 
 
 def _key(dataset: SampleDataset, index: list[tuple[int, int]], model: DynReferModel) -> str:
