@@ -169,13 +169,15 @@ def write_refcocog(root: Path, count: int = 3) -> Path:
 
 @pytest.fixture
 def refcocog(tmp_path: Path) -> ProtocolSettings:
-    return ProtocolSettings(
-        name="region-captioning",
-        dataset="RefCOCOg miniature",
-        format="refcocog",
-        root=write_refcocog(tmp_path / "refcocog"),
-        split="val_captions",
-        scorer="lite",
+    return ProtocolSettings.model_validate(
+        {
+            "name": "region-captioning",
+            "dataset": "RefCOCOg miniature",
+            "format": "refcocog",
+            "root": write_refcocog(tmp_path / "refcocog"),
+            "split": "val_captions",
+            "scorer": "lite",
+        }
     )
 
 
@@ -319,9 +321,15 @@ def write_visual_genome(root: Path) -> Path:
 def test_dense_captions_with_the_boxes_of_a_file(
     predictor: DynReferPredictor, checkpoint: Path, tmp_path: Path
 ) -> None:
-    root = write_visual_genome(tmp_path / "vg")
-    settings = ProtocolSettings(
-        name="dense-captioning", dataset="VG", format="visual-genome", root=root, split="test", scorer="lite"
+    settings = ProtocolSettings.model_validate(
+        {
+            "name": "dense-captioning",
+            "dataset": "VG",
+            "format": "visual-genome",
+            "root": write_visual_genome(tmp_path / "vg"),
+            "split": "test",
+            "scorer": "lite",
+        }
     )
     own = run(settings, Stub(predictor), tmp_path / "own", checkpoint)
     assert (own["box_source"], own["boxes"], own["det_map"]) == ("ground truth", 2, pytest.approx(100.0))

@@ -475,8 +475,9 @@ class DynReferPredictor:
                     "category": classes[int(row.argmax())],
                     "category_score": float(row.max()),
                     "category_scores": dict(zip(classes, row.tolist(), strict=True)),
+                    "category_logits": dict(zip(classes, raw.tolist(), strict=True)),
                 }
-                for row in scores
+                for row, raw in zip(scores, logits.cpu().numpy(), strict=True)
             ]
         if "caption" in tasks:
             words = [tuple(dict.fromkeys((*controls, *tags))) for tags in tag_lists]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 
@@ -28,7 +28,7 @@ from foveate.language.pretrained import first_line
 from foveate.metrics.calibration import expected_calibration_error, fit_platt
 from foveate.metrics.captioning import caption_report
 from foveate.metrics.classification import class_breakdown, mean_average_precision
-from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection
+from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection, TrainingSettings
 from foveate.training.sampling import SampleRandom, SeededDataset
 from foveate.training.trainer import TrainingTask
 from foveate.vision.images import load_image
@@ -45,6 +45,7 @@ from .configuration import CANDIDATE_VIEWS, DynReferConfig, check_coefficients, 
 from .modeling import DynReferModel
 from .predictor import TASKS, DynReferPredictor
 from .processing import CLASS_TEMPLATE, DynReferProcessor, Vocabulary, control_text
+from .protocols import ProtocolSettings, evaluate_protocol
 from .results import Region
 from .view_cache import ViewCache
 from .views import (
@@ -152,8 +153,15 @@ class ModelSettings(RecipeSection):
     generation: Annotated[dict[str, int | float] | None, _checked(check_generation)] = None
 
 
+_LEFT_OUT: Any = None
+"""The default of sections that a recipe may leave out only if another one is there; a validator sees to it."""
+
+
 class EvaluationSettings(RecipeSection):
-    data: RegionData
+    data: RegionData = Field(_LEFT_OUT)
+    protocol: ProtocolSettings | None = Field(
+        None, description="a published protocol on its own data, in place of `data`"
+    )
     views: Annotated[str | list[float] | None, _checked(check_coefficients, "task", "auto", *SELECTIONS)] = Field(
         None, description="null: the model's policy per task; auto; or t's"
     )
@@ -161,12 +169,28 @@ class EvaluationSettings(RecipeSection):
     num_beams: int | None = Field(None, gt=0, le=64)
     batch_size: int = Field(64, gt=0, le=LARGEST)
 
+    @model_validator(mode="after")
+    def _one_of_two(self) -> EvaluationSettings:
+        if (self.data is None) == (self.protocol is None):
+            raise ValueError("give either data or protocol")
+        return self
+
 
 class DynReferRecipe(Recipe):
-    data: TrainingData
-    model: ModelSettings
+    """A recipe of a published protocol may leave out `data`, `model` and `training`, all three: it only evaluates."""
+
+    data: TrainingData = Field(_LEFT_OUT)
+    model: ModelSettings = Field(_LEFT_OUT)
+    training: TrainingSettings = Field(_LEFT_OUT)
     evaluation: EvaluationSettings
     calibration: RegionData | None = Field(None, description="held-out regions on which probabilities are calibrated")
+
+    @model_validator(mode="after")
+    def _can_train(self) -> DynReferRecipe:
+        missing = [name for name in ("data", "model", "training") if getattr(self, name) is None]
+        if missing and (self.evaluation.protocol is None or len(missing) < 3):
+            raise ValueError(f"the key {missing[0]!r} is missing; add it")
+        return self
 
 
 RECIPE = DynReferRecipe
@@ -492,8 +516,11 @@ def _continue_from(settings: ModelSettings, name: str) -> DynReferModel:
 
 def build(recipe: DynReferRecipe) -> TrainingTask:
     """Data, model, collation, and the calibration that follows training."""
+    if recipe.data is None:
+        raise RecipeError("this recipe evaluates by a published protocol and has nothing to train; give another one")
     # What is needed after hours of training is looked for before.
-    check_root(recipe.evaluation.data, "evaluation.data")
+    if recipe.evaluation.protocol is None:
+        check_root(recipe.evaluation.data, "evaluation.data")
     if recipe.calibration is not None:
         check_root(recipe.calibration, "calibration")
     model = build_model(recipe.model)
@@ -627,10 +654,14 @@ def _temperature(log_scores: Tensor, labels: Tensor) -> float:
 
 
 def evaluate(recipe: DynReferRecipe, model_path: Path) -> dict[str, Any]:
-    """Metrics of the main job on regions with given boxes (spec 5)."""
+    """Metrics of the main job on regions with given boxes, or those of a published protocol (spec 5)."""
     predictor = DynReferPredictor.from_pretrained(model_path)
     settings = recipe.evaluation
-    options = {"num_beams": settings.num_beams, "batch_size": settings.batch_size}
+    options: dict[str, Any] = {"num_beams": settings.num_beams, "batch_size": settings.batch_size}
+    if settings.protocol is not None:
+        return evaluate_protocol(
+            settings.protocol, predictor, recipe.output, model=model_path, views=settings.views, **options
+        )
     truth, said, image_ids = describe_all(
         predictor, settings.data, tasks=settings.tasks, views=settings.views, **options
     )
