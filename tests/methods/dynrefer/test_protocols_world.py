@@ -97,7 +97,8 @@ def test_recognition(describer: DynReferPredictor, world: Path, tmp_path: Path) 
     assert report["accuracy"] > 80
     assert report["map"] > 80
     # What ranks the boxes is the raw score of which the probability is the softmax.
-    (region,) = describer("docs/images/sample.png", boxes=[[10, 10, 60, 60]], tasks="category")
+    described: Any = describer(str(ROOT / "docs/images/sample.png"), boxes=[[10, 10, 60, 60]], tasks="category")
+    region = described[0]
     logits = np.array(list(region.category_logits.values()))
     exponentials = np.exp(describer.model.config.calibration["category"][0] * logits)
     np.testing.assert_allclose(exponentials / exponentials.sum(), list(region.category_scores.values()), rtol=1e-4)
