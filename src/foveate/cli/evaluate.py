@@ -15,7 +15,7 @@ def evaluate(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/dynrefer/world.yaml.")],
     model: Annotated[str, typer.Option("--model", help="Folder of the model, or the name of a shipped one.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as evaluation.limit=100.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as evaluation.data.regions=100.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import foveate
 from foveate.checkpoints import find_checkpoint
@@ -60,6 +62,15 @@ def test_training_goes_on_from_a_checkpoint_with_the_settings_given(first: Path,
     assert all(bool((weights[key] == value).all()) for key, value in before.model.state_dict().items())
     with pytest.raises(RecipeError, match=r"model\.head_size is 64, but the checkpoint .* has 16"):
         train("recipes/dynrefer/world.yaml", [*settings, "model.head_size=64"], out=tmp_path / "other")
+
+
+def test_training_goes_on_from_half_precision(first: Path, tmp_path: Path) -> None:
+    """As shipped weights are."""
+    half = Path(shutil.copytree(first, tmp_path / "half"))
+    foveate.load(str(first)).model.half().save_pretrained(half)
+    settings = [*SMALL, *FRESH, f"data.root={first.parents[1] / 'data'}", f"model.init_from={half}"]
+    second = train("recipes/dynrefer/world.yaml", settings, out=tmp_path / "run").checkpoint
+    assert {tensor.dtype for tensor in load_file(second / "model.safetensors").values()} == {torch.float32}
 
 
 def test_cached_views_need_the_training_process(first: Path, tmp_path: Path) -> None:
@@ -173,3 +184,9 @@ def test_a_manifest_that_is_damaged(first: Path, tmp_path: Path) -> None:
     (data / "dataset.json").write_text("[1]")
     with pytest.raises(InputError, match=r"dataset\.json"):
         train(RECIPE, [*SMALL, *FRESH, f"data.root={data}"], out=tmp_path / "run")
+
+
+def test_scenes_that_another_recipe_rendered_are_refused(first: Path, tmp_path: Path) -> None:
+    settings = [*SMALL, *FRESH, f"data.root={first.parents[1] / 'data'}"]
+    with pytest.raises(RecipeError, match=r"was rendered with count 4, but the recipe asks for 5; remove that folder"):
+        train(RECIPE, [*settings, "data.world={first_seed: 5, count: 5, size: 96}"], out=tmp_path / "run")

@@ -220,6 +220,8 @@ def open_regions(data: RegionData, seed: int = 0) -> tuple[SampleDataset, list[t
             val_fraction=0.0,
             processes=data.world.processes,
         )
+    elif data.world is not None:
+        _check_rendered(data.root, data.world)
     dataset = open_dataset(data.format, data.root, data.split, skip_bad=data.skip_bad)
     index = [(i, k) for i, sample in enumerate(dataset) for k, region in enumerate(sample.regions) if region.captions]
     if not index:
@@ -240,6 +242,24 @@ def check_root(data: RegionData, section: str) -> None:
         raise RecipeError(
             f"{section}.root: there is no folder {data.root}; put the dataset there, or give {section}.world"
         )
+
+
+def _check_rendered(root: Path, world: WorldScenes) -> None:
+    """Scenes that another recipe rendered into `root` are not what this one asks for.
+
+    Raises:
+        RecipeError: they have other seeds, another size, or are more or fewer.
+    """
+    manifest = root / "dataset.json"
+    if not manifest.is_file():
+        return  # a dataset of the user's own, in place of the rendered one
+    found = read_json(manifest, dict)
+    for key in ("first_seed", "count", "size"):
+        if key in found and found[key] != getattr(world, key):
+            raise RecipeError(
+                f"{root} was rendered with {key} {found[key]}, but the recipe asks for {getattr(world, key)}; "
+                "remove that folder, or give another root"
+            )
 
 
 def dataset_vocabulary(dataset: SampleDataset, name: str) -> Vocabulary:
@@ -491,7 +511,7 @@ def _continue_from(settings: ModelSettings, name: str) -> DynReferModel:
     Raises:
         RecipeError: the recipe says a size that is not the checkpoint's.
     """
-    model = DynReferModel.from_pretrained(find_dynrefer(name))
+    model = DynReferModel.from_pretrained(find_dynrefer(name)).float()  # shipped weights are float16
     config = model.config
     for field in settings.model_fields_set - {"init_from", "base_models"}:
         wanted = getattr(settings, field)
