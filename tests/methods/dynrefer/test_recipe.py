@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 
 import foveate
 from foveate.checkpoints import find_checkpoint
+from foveate.data.samples import RegionSample
 from foveate.errors import InputError, RecipeError
-from foveate.methods.dynrefer.recipe import RegionData, open_regions
+from foveate.methods.dynrefer.predictor import TASKS
+from foveate.methods.dynrefer.processing import Vocabulary
+from foveate.methods.dynrefer.recipe import RegionData, open_regions, score
+from foveate.methods.dynrefer.results import Region
 from foveate.training.recipes import load_recipe
 from foveate.training.runner import evaluate, train
 
@@ -190,3 +194,56 @@ def test_scenes_that_another_recipe_rendered_are_refused(first: Path, tmp_path: 
     settings = [*SMALL, *FRESH, f"data.root={first.parents[1] / 'data'}"]
     with pytest.raises(RecipeError, match=r"was rendered with count 4, but the recipe asks for 5; remove that folder"):
         train(RECIPE, [*settings, "data.world={first_seed: 5, count: 5, size: 96}"], out=tmp_path / "run")
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_figures_of_four_regions_counted_by_hand() -> None:
+    vocabulary = Vocabulary.from_words(["left"], ["red", "blue"], ["cat", "dog"], "test")
+    truth = [
+        RegionSample(
+            region_id=k,
+            box=(0, 0, 9, 9),
+            captions=(caption, "an animal"),
+            category=category,
+            attributes=(caption.split()[1],),
+            negative_attributes=("blue" if caption.startswith("a red") else "red",),
+            tags=("left",) if "left" in caption else (),
+        )
+        for k, (caption, category) in enumerate(
+            [
+                ("a red cat to the left of a blue dog", "cat"),
+                ("a red dog in front of a blue cat", "dog"),
+                ("a blue dog behind a red cat", "dog"),
+                ("a blue cat", "cat"),
+            ]
+        )
+    ]
+    answers = [
+        ("a red cat to the left of a green dog", 0.9, 0.8, 0.7),  # relation right
+        ("a red dog behind a blue cat", 0.4, 0.3, 0.6),  # relation wrong
+        ("a red dog", 0.2, 0.4, 0.8),  # colour wrong, relation left out
+        ("a blue cat", 0.4, 0.1, 0.1),  # category wrong
+    ]
+    said = [
+        Region(
+            box=(0, 0, 9, 9),
+            caption=caption,
+            category_scores={"cat": cat, "dog": 1 - cat},
+            tag_scores={"left": left},
+            attribute_scores={"red": red, "blue": 1 - red},
+        )
+        for caption, cat, left, red in answers
+    ]
+    metrics = score(truth, said, vocabulary, TASKS)
+    assert metrics["category_accuracy"] == 0.75
+    assert metrics["per_category"] == {"cat": 0.5, "dog": 1.0}
+    # By score: red is region 2 (0.8, wrong), 0 and 1 (right); blue is region 3 (right), 1 and 0 (wrong), 2 (right).
+    assert metrics["attribute_map"] == pytest.approx(((1 / 2 + 2 / 3) / 2 + (1 + 2 / 4) / 2) / 2)
+    assert metrics["tag_map"] == 1.0
+    assert metrics["exact_caption"] == 0.25
+    assert metrics["colour_word_accuracy"] == 0.75
+    assert metrics["regions_with_relation"] == 3
+    assert metrics["relation_word_accuracy"] == pytest.approx(1 / 3)
+    assert metrics["per_relation"] == {"to the left of": 1.0, "in front of": 0.0, "behind": 0.0}

@@ -26,7 +26,7 @@ from foveate.language.generation import check_generation
 from foveate.language.lm import load_config, load_language_model, load_tokenizer
 from foveate.language.pretrained import first_line
 from foveate.metrics.calibration import expected_calibration_error, fit_platt
-from foveate.metrics.captioning import caption_report
+from foveate.metrics.captioning import caption_report, mentioned_words
 from foveate.metrics.classification import class_breakdown, mean_average_precision
 from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection, TrainingSettings
 from foveate.training.sampling import SampleRandom, SeededDataset
@@ -741,7 +741,18 @@ def score(
         relation = caption_report(captions, canonical, relations=relations).words["relation"]
         metrics["relation_word_accuracy"] = relation.accuracy
         metrics["regions_with_relation"] = relation.count
+        metrics["per_relation"] = _per_relation(captions, [group[0] for group in canonical], relations)
     return metrics
+
+
+def _per_relation(captions: list[str], canonical: list[str], relations: list[str]) -> dict[str, float]:
+    """The share of right captions for each relation that canonical captions name first."""
+    right: dict[str, list[bool]] = {relation: [] for relation in relations}
+    for caption, reference in zip(captions, canonical, strict=True):
+        wanted = mentioned_words(reference, relations)
+        if wanted:
+            right[wanted[0]].append(mentioned_words(caption, relations) == wanted)
+    return {relation: round(float(np.mean(values)), 4) for relation, values in right.items() if values}
 
 
 def _first_word(caption: str, words: list[str]) -> str | None:
