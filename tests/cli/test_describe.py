@@ -28,6 +28,7 @@ class Describer:
         self.calls: list[dict[str, Any]] = []
         self.interrupt_at: str | None = None
         self.error: BaseException = KeyboardInterrupt()
+        self.proposed: dict[str, list[tuple[float, float, float, float]]] = {}
 
     def __call__(self, images: Any, boxes: Any = None, masks: Any = None, **options: Any) -> Any:
         self.calls.append({"boxes": boxes, "masks": masks, **options})
@@ -39,7 +40,8 @@ class Describer:
         if path.name == self.interrupt_at:
             raise self.error
         image = load_image(path)
-        boxes = [(0, 0, *image.size)] if boxes is None else boxes
+        score = 0.5 if path.name in self.proposed else None
+        boxes = self.proposed.get(path.name, [(0, 0, *image.size)]) if boxes is None else boxes
         return Regions(
             image,
             [
@@ -52,6 +54,7 @@ class Describer:
                     attributes=("red",),
                     attribute_scores={"red": 0.875, "blue": 0.125},
                     tag_scores={"cat": 0.25},
+                    score=score,
                 )
                 for box in boxes
             ],
@@ -131,6 +134,52 @@ def test_options_reach_the_describer(run: Run, describer: Describer) -> None:
         "everything": True,
         "batch_size": 7,
     }
+
+
+def test_options_of_everything_reach_the_describer(run: Run, describer: Describer) -> None:
+    options = ["--proposer", "owl", "--proposer-words", "cat, dog", "--max-regions", 5, "--min-score", 0.25]
+    assert run("00.png", "--everything", *options, "--box-iou", 0.5, "--caption-iou", 0.1)[0] == 0
+    assert run("00.png", "--everything", "--keep-duplicates")[0] == 0
+    wanted = ("proposer", "proposer_words", "max_regions", "min_score", "box_iou", "caption_iou")
+    given = [{name: call[name] for name in wanted if name in call} for call in describer.calls]
+    assert given[0] == {
+        "proposer": "owl",
+        "proposer_words": ["cat", "dog"],
+        "max_regions": 5,
+        "min_score": 0.25,
+        "box_iou": 0.5,
+        "caption_iou": 0.1,
+    }
+    assert given[1] == {"box_iou": None, "caption_iou": None}
+
+
+def test_everything_says_the_scores_of_proposals_and_where_nothing_was_found(run: Run, describer: Describer) -> None:
+    describer.proposed = {"00.png": [(1.0, 2.0, 3.0, 4.0)], "01.png": []}
+    code, out, err = run("00.png", "01.png", "--everything", "--picture", "pictures")
+    assert code == 0
+    assert "  1  [1, 2, 3, 4]  region at 1  (0.75)\n     proposal    0.50, with the caption 0.38\n" in out
+    assert "01.png  0 regions\n" in out
+    assert err == "note: the proposer found nothing in 01.png.\n"
+    assert Image.open("pictures/00-described.png").width == 1024, "the dense picture"
+    assert Path("pictures/01-described.png").exists()
+    entries = json.loads(run("00.png", "01.png", "--everything", "--format", "json")[1])
+    [region] = entries[0]["regions"]
+    assert (region["score"], region["caption_score"], region["joint_score"]) == (0.5, 0.75, 0.375)
+    assert entries[1]["regions"] == []
+
+
+def test_a_detectors_file_is_one_that_resume_depends_on(run: Run, describer: Describer) -> None:
+    Path("found.json").write_text(json.dumps({name: [[1, 2, 3, 4]] for name in IMAGES}))
+    describer.proposed = {name: [(1.0, 2.0, 3.0, 4.0)] for name in IMAGES}
+    describer.interrupt_at = "35.png"
+    command = [*IMAGES, "--everything", "--proposer", "found.json", "--format", "jsonl", "--out", "out.jsonl"]
+    assert run(*command)[0] == 130
+    describer.interrupt_at = None
+    Path("found.json").write_text(json.dumps({name: [[1, 2, 3, 5]] for name in IMAGES}))
+    assert "no interrupted run" in run(*command, "--resume")[2], "other boxes, other run"
+    Path("found.json").write_text(json.dumps({name: [[1, 2, 3, 4]] for name in IMAGES}))
+    assert run(*command, "--resume")[0] == 0
+    assert [type(call["proposer"]).__name__ for call in describer.calls[-1:]] == ["BoxFile"]
 
 
 def test_the_default_picture_replaces_no_file(run: Run, folder: Path) -> None:
@@ -305,6 +354,12 @@ def test_an_error_leaves_no_output(run: Run, describer: Describer, folder: Path,
         (["00.png", "--out", "."], "is a folder"),
         (["00.png", "01.png", "--mask", "02.png"], "--mask belongs to one image, but 2 are given"),
         (["00.png", "sub/00.png", "--picture", "p"], "two images would both be drawn as p/00-described.png"),
+        (["00.png", "--max-regions", 3], "belong to --everything"),
+        (["00.png", "--keep-duplicates"], "belong to --everything"),
+        (["00.png", "--everything", "--keep-duplicates", "--box-iou", 0.5], "leaves nothing to --box-iou"),
+        (["00.png", "--everything", "--proposer", "none.json"], "there is no file none.json"),
+        (["00.png", "--everything", "--proposer", "other.json"], "other.json has no boxes for 00.png"),
+        (["00.png", "--everything", "--proposer", "bare.json", "--out", "bare.json"], "would be overwritten"),
         (["00.png", "--boxes", "none.json"], "there is no file none.json"),
         (["00.png", "--boxes", "00.png"], "00.png is not valid JSON"),
         (["00.png", "--boxes", "number.json"], "number.json holds a int"),

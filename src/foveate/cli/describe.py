@@ -54,6 +54,43 @@ def describe(
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="Propose the regions, then describe them.")] = False,
+    proposer: Annotated[
+        str | None,
+        typer.Option(
+            "--proposer",
+            help="What proposes the regions of --everything: proposer-world, a SAM or OWLv2 checkpoint (a folder, or "
+            "owner/name of the Hugging Face hub), or FILE.json with a detector's boxes, as --boxes takes it or with "
+            'scores: {"image name": {"boxes": [...], "scores": [...]}}. By default the model\'s own.',
+        ),
+    ] = None,
+    proposer_words: Annotated[
+        str | None, typer.Option("--proposer-words", help="What OWLv2 looks for, by commas.")
+    ] = None,
+    max_regions: Annotated[
+        int | None, typer.Option("--max-regions", help="With --everything: most regions of an image.")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option("--min-score", help="With --everything: least score of a proposal, 0 to 1.")
+    ] = None,
+    box_iou: Annotated[
+        float | None,
+        typer.Option(
+            "--box-iou",
+            help="With --everything: of two proposals that overlap by a larger IoU, one is described (0.7).",
+            show_default=False,
+        ),
+    ] = None,
+    caption_iou: Annotated[
+        float | None,
+        typer.Option(
+            "--caption-iou",
+            help="With --everything: of two regions with one caption that overlap by a larger IoU, one stays (0.3).",
+            show_default=False,
+        ),
+    ] = None,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="With --everything: leave out none of these.")
+    ] = False,
     tasks: Annotated[str, typer.Option("--tasks", help="What to say, by commas.")] = "caption,tags,attributes,category",
     views: Annotated[
         str,
@@ -121,7 +158,11 @@ def describe(
     annotated = _pictures(picture, images, "described", "--picture")
     looked_at = _pictures(show_views, images, "views", "--show-views")
     written = [path for path in (out, *annotated, *looked_at) if path is not None]
-    _check_outputs(written, [*images, *(mask or []), *([boxes] if boxes else [])])
+    search = _search(proposer, proposer_words, max_regions, min_score, box_iou, caption_iou, keep_duplicates)
+    if search and not everything:
+        raise InputError("--proposer and what limits it belong to --everything; give that too, or leave them out.")
+    detections = Path(proposer) if proposer is not None and proposer.lower().endswith(".json") else None
+    _check_outputs(written, [*images, *(mask or []), *(path for path in (boxes, detections) if path)])
     regions = _regions(images, box or [], boxes, mask or [])
 
     options = {
@@ -130,12 +171,20 @@ def describe(
         "classes": None if classes is None else _words(classes),
         "num_beams": beams,
         "everything": everything,
+        **search,
     }
+    if detections is not None:
+        from foveate.vision.box_file import BoxFile
+
+        listed = BoxFile(detections)
+        proposed = _digest(listed.entries(images))  # of all images, before the work
+    else:
+        listed = proposed = None
     pending = list(zip(images, regions, annotated, looked_at, strict=True))
     skipped: list[_Job] = []
     skipped_before = 0
     if style == "jsonl" and out is not None:
-        key = json.dumps([[os.fspath(image) for image in images], _digest(regions), options, model, dtype])
+        key = json.dumps([[os.fspath(image) for image in images], _digest(regions), options, model, dtype, proposed])
         lines = ResumableLines(out, key=key, resume=resume)
         pending = pending[len(lines.finished) :]
         skipped_before = sum("error" in json.loads(line) for line in lines.finished)
@@ -155,6 +204,8 @@ def describe(
         print(f"note: {note.message}", file=sys.stderr)
     with progress_bar("regions" if len(images) == 1 else "images") as progress:
         options["batch_size"] = batch_size  # not before: the lines to resume do not depend on it
+        if listed is not None:
+            options["proposer"] = listed
         described = _describe(describer, pending, masks, progress, options, skipped if skip_bad else None)
         if lines is not None:
             _write_lines(lines, described)
@@ -212,56 +263,39 @@ def _regions(images: Sequence[Path], box: list[str], boxes: Path | None, masks: 
     common = [_box(text) for text in box]
     if boxes is None:
         return [common or None] * len(images)
-    listed = _read_boxes(boxes)
-    if isinstance(listed, list):
-        if len(images) > 1:
-            raise InputError(
-                f"{boxes} is a list, which is for one image, but {len(images)} are given; "
-                'write {"image name": [[x0, y0, x1, y1], ...], ...}.'
-            )
-        return [common + listed]
-    return [common + found for found in _boxes_of(images, listed, boxes)]
+    from foveate.vision.box_file import BoxFile
+
+    entries = BoxFile(boxes).entries(images)
+    for image, entry in zip(images, entries, strict=True):
+        if not isinstance(entry, list):
+            raise InputError(f"{boxes}: the boxes of {image.name!r} are not a list; write [[x0, y0, x1, y1], ...].")
+    return [common + entry for entry in entries]
 
 
-def _read_boxes(path: Path) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = dict(pairs)
-        for name in names if len(names) < len(pairs) else ():
-            if sum(other == name for other, _ in pairs) > 1:
-                raise InputError(f"{path} has {name!r} twice; put all boxes of an image into one list.")
-        return names
-
-    try:
-        # As a plain dictionary, the second list of an image would replace the first in silence.
-        listed = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}; --boxes takes a JSON file of xyxy boxes.") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); --boxes takes a JSON file of xyxy boxes.") from None
-    if not isinstance(listed, list | dict):
-        raise InputError(f'{path} holds a {type(listed).__name__}; write {{"image name": [[x0, y0, x1, y1], ...]}}.')
-    return listed
-
-
-def _boxes_of(images: Sequence[Path], listed: dict[str, Any], file: Path) -> Iterator[list[Any]]:
-    taken: dict[str, Path] = {}
-    for image in images:
-        name = next((name for name in (os.fspath(image), image.name, image.stem) if name in listed), None)
-        if name is None:
-            from foveate.checkpoints import suggestion
-
-            raise InputError(
-                f"{file} has no boxes for {image.name}{suggestion(image.name, listed)}; add it, or an empty list."
-            )
-        if taken.setdefault(name, image) != image:
-            raise InputError(
-                f"{file}: {name!r} fits both {taken[name]} and {image}; name each by its path as you give it."
-            )
-        if not isinstance(listed[name], list):
-            raise InputError(f"{file}: the boxes of {name!r} are not a list; write [[x0, y0, x1, y1], ...].")
-        yield listed[name]
+def _search(
+    proposer: str | None,
+    words: str | None,
+    max_regions: int | None,
+    min_score: float | None,
+    box_iou: float | None,
+    caption_iou: float | None,
+    keep_duplicates: bool,
+) -> dict[str, Any]:
+    """What was said of how regions are found; what was not is the describer's to decide."""
+    search: dict[str, Any] = {
+        "proposer": proposer,
+        "proposer_words": None if words is None else _words(words),
+        "max_regions": max_regions,
+        "min_score": min_score,
+        "box_iou": box_iou,
+        "caption_iou": caption_iou,
+    }
+    search = {name: value for name, value in search.items() if value is not None}
+    if keep_duplicates:
+        if "box_iou" in search or "caption_iou" in search:
+            raise InputError("--keep-duplicates leaves nothing to --box-iou and --caption-iou; leave one out.")
+        search |= {"box_iou": None, "caption_iou": None}
+    return search
 
 
 def _free_name(path: Path) -> Path:
@@ -345,7 +379,9 @@ def _describe(
                 assert skipped is not None
                 skipped.append(job)
             else:
-                _draw(regions, annotated, looked_at)
+                if options.get("everything") and not len(regions):
+                    print(f"note: the proposer found nothing in {one_line(str(image))}.", file=sys.stderr)
+                _draw(regions, annotated, looked_at, dense=bool(options.get("everything")))
             yield image, regions
         if len(pending) > 1:
             progress(start + len(part), len(pending))
@@ -386,9 +422,9 @@ def _fault(image: Path, boxes: Any) -> InputError | None:
     return None
 
 
-def _draw(regions: Regions, annotated: Path | None, looked_at: Path | None) -> None:
+def _draw(regions: Regions, annotated: Path | None, looked_at: Path | None, *, dense: bool) -> None:
     if annotated is not None:
-        _save(regions.plot(), annotated)
+        _save(regions.plot_dense() if dense else regions.plot(), annotated)
     if looked_at is not None:
         _save(regions.plot_views(), looked_at)
 
@@ -429,6 +465,9 @@ def _text(image: Path, regions: Regions | InputError) -> str:
         box = ", ".join(f"{value:g}" for value in region.box)
         caption = "" if region.caption is None else f"  {region.caption}  ({region.caption_score:.2f})"
         lines.append(f"{number:>3}  [{box}]{caption}")
+        if region.score is not None:
+            joint = "" if region.joint_score is None else f", with the caption {region.joint_score:.2f}"
+            lines.append(f"     proposal    {region.score:.2f}{joint}")
         if region.category is not None:
             lines.append(f"     category    {region.category} {region.category_score:.2f}")
         for name, words, scores in (

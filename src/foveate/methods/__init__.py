@@ -61,7 +61,8 @@ class Method:
 
     @property
     def predictor(self) -> type[Any]:
-        """The class of the object that users hold; it has `from_pretrained(folder, device=, dtype=)`."""
+        """The class of the object that users hold; it has `from_pretrained(folder, device=, dtype=)`,
+        with `proposer=` where it can find regions by itself."""
         return getattr(self.module("predictor"), f"{self.prefix}Predictor")
 
 
@@ -110,6 +111,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    proposer: Any = None,
 ) -> Any:
     """Loads a predictor.
 
@@ -119,6 +121,8 @@ def load(
         device: "cpu", "cuda", "cuda:1", "mps"; by default the best one there is.
         dtype: "float32", "bfloat16", "float16" or torch's own; by default bfloat16 on a GPU that computes in it, else
             float32.
+        proposer: for methods that find regions by themselves (`everything=True`): the name of a proposer, or what
+            `foveate.vision.proposals.load_proposer` gives; by default the model's own.
 
     Returns:
         The predictor of the checkpoint's method, for instance `foveate.methods.dynrefer.predictor.DynReferPredictor`.
@@ -133,7 +137,8 @@ def load(
     for method in METHODS.values():
         if method.model_type == model_type:
             register()
-            return method.predictor.from_pretrained(folder, device=where, dtype=precision)
+            options = {} if proposer is None else {"proposer": proposer}
+            return method.predictor.from_pretrained(folder, device=where, dtype=precision, **options)
     if not isinstance(model_type, str):
         raise CheckpointError(f"{folder / 'config.json'} does not say its model_type; copy the checkpoint again.")
     ready = [model for model in shipped_models() if _is_method(model)]

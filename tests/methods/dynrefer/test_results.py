@@ -87,6 +87,57 @@ class TestPictures:
         regions = Regions(Image.new("RGB", (96, 80)), [Region(box=box, caption="x") for box in boxes])
         assert regions.plot(side=96).width == 96 + 420
 
+    def test_plot_dense_is_legible_for_fifty_regions(self) -> None:
+        boxes = [(x, y, x + 54.0, y + 60.0) for y in range(10, 410, 80) for x in range(10, 610, 60)]
+        regions = Regions(
+            Image.new("RGB", (640, 480), "white"),
+            [Region(box=box, caption=f"thing {k}", score=0.5) for k, box in enumerate(boxes)],
+        )
+        assert len(regions) == 50
+        picture = np.asarray(regions.plot_dense())
+        below = round(480 * 1.6)  # the image is enlarged to 1024 pixels
+        assert picture.shape[1] == 1024
+        # Two columns of 25 lines, each with enough height for its letters.
+        assert picture.shape[0] - below >= 25 * 20
+        colours = set()
+        for k, (x0, y0, _, y1) in enumerate(boxes):
+            # Half-way up the left side of the box.
+            colour = tuple(picture[round((y0 + y1) / 2 * 1.6), round(x0 * 1.6)].tolist())
+            colours.add(colour)
+            own = (picture == colour).all(axis=-1)
+            assert own[:below].sum() > 500, "the box and the ground of its number"
+            assert own[below:].sum() > 100, "the ground of the same number below"
+            # White on it has the contrast that is asked of text (WCAG 2: 3 for large letters, 4.5 for small).
+            linear = [(v / 255 / 12.92) if v <= 10 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in colour]
+            luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+            assert 1.05 / (luminance + 0.05) > 4, (k, colour)
+        assert len(colours) == 50
+        words = (picture[below:].max(axis=-1) < 60).reshape(picture.shape[0] - below, 2, 512)
+        assert (words.sum(axis=(0, 2)) > 1000).all(), "captions in both columns"
+
+    def test_numbers_of_one_place_do_not_cover_each_other(self) -> None:
+        box = (40.0, 40.0, 60.0, 60.0)
+        image = Image.new("RGB", (100, 100), "white")
+        one = Regions(image, [Region(box=box)]).plot_dense()
+        six = Regions(image, [Region(box=box)] * 6).plot_dense()
+        colours = [six.getpixel((14 + 2, 1024 + 14 + 2 + 20 * row)) for row in range(3)]
+        ground = np.asarray(one)[:1024]
+        patch = (ground == np.array(one.getpixel((16, 1024 + 16)))).all(axis=-1).sum()
+        for colour in colours:
+            found = (np.asarray(six)[:1024] == np.array(colour)).all(axis=-1).sum()
+            # A number's ground, of which the box's frame (drawn once for all six) is not a part.
+            assert found > 150, (colour, found, patch)
+
+    def test_plot_dense_of_nothing_and_of_too_many(self, photo: Image.Image) -> None:
+        empty = Regions(photo, []).plot_dense(side=96)
+        assert (np.asarray(empty)[80:] < 128).any(), "it says so"
+        region = Region(box=(20.0, 10.0, 50.0, 30.0), caption="a red car", score=0.5)
+        many = Regions(photo, [region] * 1800).plot_dense(side=96)
+        assert 16_000 < many.height <= 16_383
+        assert (np.asarray(many)[-60:] < 128).any(), "how many have no room"
+        for size in ((20_000, 40), (40, 20_000), (40_000, 1)):
+            assert max(Regions(Image.new("RGB", size), [region]).plot_dense().size) <= 16_383
+
     def test_plot_views(self, regions: Regions) -> None:
         picture = regions.plot_views(side=100)
         # Two columns and two rows, gaps of 8, 34 pixels of text above each crop.

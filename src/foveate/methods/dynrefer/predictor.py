@@ -21,12 +21,22 @@ from torch import Tensor
 from foveate.checkpoints import WEIGHTS
 from foveate.errors import CheckpointError, InputError
 from foveate.language.pretrained import first_line
+from foveate.language.words import check_words
 from foveate.ops.boxes import validate_boxes
+from foveate.vision.box_file import BoxFile
 from foveate.vision.images import decode_rle, load_image
+from foveate.vision.proposals import (
+    FoundRegions,
+    Proposer,
+    check_fraction,
+    drop_repeated_captions,
+    find_regions,
+    load_proposer,
+)
 
 from .configuration import CANDIDATE_VIEWS, find_dynrefer, is_whole
 from .modeling import DynReferModel, group_maximum
-from .processing import CLASS_TEMPLATE, DynReferProcessor, check_words, control_text
+from .processing import CLASS_TEMPLATE, DynReferProcessor, control_text
 from .results import Region, Regions, View
 from .views import build_views, region_from_mask, resolve_policy, search_coefficients
 
@@ -40,8 +50,6 @@ _ALIASES = {
     "class": "category",
 }
 
-Proposer = Callable[[Image.Image], tuple[np.ndarray, np.ndarray]]
-
 
 @dataclass
 class _Job:
@@ -49,7 +57,7 @@ class _Job:
 
     image: Image.Image
     boxes: np.ndarray  # (R, 4)
-    proposal_scores: np.ndarray | None
+    found: FoundRegions | None  # where the regions were proposed
     coefficients: list[np.ndarray]  # per group (R, n)
 
 
@@ -59,28 +67,41 @@ class DynReferPredictor:
     Args:
         model: in eval mode, on its device.
         processor: saved beside it.
-        proposer: image -> (R, 4) xyxy boxes and (R,) scores, for `everything=True`.
+        proposer: for `everything=True`: what `foveate.vision.proposals.load_proposer` takes or gives, or any function
+            of a PIL image that gives (R, 4) xyxy boxes and (R,) scores; by default what the configuration names.
     """
 
     def __init__(
-        self, model: DynReferModel, processor: DynReferProcessor, *, proposer: Proposer | None = None, name: str = ""
+        self,
+        model: DynReferModel,
+        processor: DynReferProcessor,
+        *,
+        proposer: str | Path | Proposer | BoxFile | None = None,
+        name: str = "",
     ) -> None:
         self.model = model.eval()
         self.processor = processor
         self._proposer = proposer
         self.name = name
+        self._loaded: dict[tuple[str, tuple[str, ...]], Proposer | BoxFile] = {}
         self._embeds: dict[tuple[str, ...], Tensor] = {}
         self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        proposer: str | Path | Proposer | BoxFile | None = None,
     ) -> DynReferPredictor:
         """Load a folder written by training or conversion.
 
         Args:
             device: default CUDA if there is one, else CPU.
             dtype: default bfloat16 on CUDA, float32 on CPU.
+            proposer: as the class takes it; a name is loaded when it is first needed.
 
         Raises:
             InputError: there is no such model, it is of another kind, or the dtype is float16.
@@ -114,7 +135,7 @@ class DynReferPredictor:
                 "official DynRefer weights or train on photographs by a recipe",
                 stacklevel=2,
             )
-        return cls(model, processor, name=folder.name)
+        return cls(model, processor, proposer=proposer, name=folder.name)
 
     # ---------------------------------------------------------------- public call
 
@@ -131,6 +152,12 @@ class DynReferPredictor:
         num_beams: int | None = None,
         batch_size: int = 64,
         everything: bool = False,
+        proposer: str | Path | Proposer | BoxFile | None = None,
+        proposer_words: Sequence[str] | None = None,
+        max_regions: int | None = None,
+        min_score: float = 0.0,
+        box_iou: float | None = 0.7,
+        caption_iou: float | None = 0.3,
         progress: Callable[[int, int], None] | None = None,
     ) -> Regions | list[Regions]:
         """Describe regions of one image or of many.
@@ -145,7 +172,14 @@ class DynReferPredictor:
             controls: words that the caption should use.
             num_beams: beam width of the captioner; 1 is greedy.
             batch_size: regions that run together.
-            everything: propose the regions.
+            everything: propose the regions; the surest proposal is described first.
+            proposer: another proposer than that of the predictor, in the forms that the class takes.
+            proposer_words: what an OWLv2 proposer that is given by its name looks for.
+            max_regions: so many of the surest proposals are described.
+            min_score: proposals below it are left out.
+            box_iou: of two proposals that overlap by a larger IoU, the one of higher score is described; None for both.
+            caption_iou: of two regions with the same caption whose boxes overlap by a larger IoU, the one of higher
+                proposal score stays; None for both.
             progress: called with (regions done, regions in all).
         Returns:
             `Regions` for one image, a list of them for a list.
@@ -182,12 +216,26 @@ class DynReferPredictor:
             for name, value in (("boxes", boxes), ("masks", masks))
             for index in range(len(sources))
         ]
+        chosen = {"proposer": proposer, "proposer_words": proposer_words, "max_regions": max_regions}
+        if not everything and any(value is not None for value in chosen.values()):
+            given = next(name for name, value in chosen.items() if value is not None)
+            raise InputError(f"{given} belongs to everything=True, which finds the regions; give both or neither")
+        check_fraction(caption_iou, "caption_iou", optional=True)
+        if everything and any(value is not None for value in nested):
+            raise InputError("everything=True finds the regions by itself; leave out boxes and masks")
+        proposers = self._proposers(proposer, proposer_words, sources) if everything else [None] * len(sources)
+        limits = {"max_regions": max_regions, "min_score": min_score, "box_iou": box_iou}
         jobs = []
         for index, source in enumerate(sources):
             image = load_image(source)
-            job_boxes, scores = self._regions_of(image, nested[index], nested[len(sources) + index], everything)
+            propose, found = proposers[index], None
+            if propose is None:
+                job_boxes = self._regions_of(image, nested[index], nested[len(sources) + index])
+            else:
+                found = find_regions(propose, image, **limits)
+                job_boxes = found.boxes
             coefficients = [self._coefficients(image, job_boxes, policy) for policy, _ in groups]
-            jobs.append(_Job(image, job_boxes, scores, coefficients))
+            jobs.append(_Job(image, job_boxes, found, coefficients))
         total = sum(len(job.boxes) for job in jobs)
         described: list[list[Region]] = [[] for _ in jobs]
         done = 0
@@ -198,7 +246,10 @@ class DynReferPredictor:
                     done += 1
                 if progress is not None:
                     progress(done, total)
-        results = [Regions(job.image, regions) for job, regions in zip(jobs, described, strict=True)]
+        results = [
+            Regions(job.image, _as_found(job, regions, caption_iou))
+            for job, regions in zip(jobs, described, strict=True)
+        ]
         return results[0] if single else results
 
     # ---------------------------------------------------------------- arguments
@@ -247,29 +298,33 @@ class DynReferPredictor:
             raise InputError(f"{count} images need {count} lists of {name}, one per image, not {given}")
         return value[index]
 
-    def _find_proposer(self) -> Proposer:
-        """The proposer that was given, or the one that the configuration names, loaded when it is first needed."""
-        with self._lock:
-            if self._proposer is None:
-                name = self.model.config.proposer
-                if name is None:
-                    raise InputError("this model has no region proposer; give boxes or masks")
-                from foveate.vision.proposer import RegionProposer
+    def _proposers(
+        self, chosen: str | Path | Proposer | BoxFile | None, words: Sequence[str] | None, sources: list[Any]
+    ) -> list[Proposer]:
+        """A proposer for each image; one that is named is loaded when it is first needed."""
+        if chosen is None:
+            chosen = self._proposer if self._proposer is not None else self.model.config.proposer
+        if chosen is None:
+            raise InputError("this model has no region proposer; give one, or boxes or masks")
+        if isinstance(chosen, str | Path):
+            key = (str(chosen), check_words(words or (), "proposer_words"))
+            with self._lock:
+                if key not in self._loaded:
+                    self._loaded[key] = load_proposer(chosen, words=key[1], device=self.model.device)
+                chosen = self._loaded[key]
+        elif words is not None:
+            raise InputError("proposer_words are for a proposer that is given by its name; this one is loaded already")
+        if isinstance(chosen, BoxFile):
+            return chosen.proposers(sources)
+        if not callable(chosen):
+            raise InputError(f"proposer must be a name or a function of an image, not a {type(chosen).__name__}")
+        return [chosen] * len(sources)
 
-                self._proposer = RegionProposer.from_pretrained(name)
-            return self._proposer
-
-    def _regions_of(
-        self, image: Image.Image, boxes: Any, masks: Any, everything: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Boxes (R, 4) of one image, from boxes, masks, proposals, or the whole image."""
+    def _regions_of(self, image: Image.Image, boxes: Any, masks: Any) -> np.ndarray:
+        """Boxes (R, 4) of one image, from boxes, masks, or the whole image."""
         width, height = image.size
-        if everything:
-            if boxes is not None or masks is not None:
-                raise InputError("everything=True finds the regions by itself; leave out boxes and masks")
-            return self._find_proposer()(image)
         if boxes is None and masks is None:
-            return np.array([[0, 0, width, height]], dtype=np.float32), None
+            return np.array([[0, 0, width, height]], dtype=np.float32)
         parts = []
         if boxes is not None:
             parts.append(self._checked_boxes(boxes, width, height))
@@ -280,7 +335,7 @@ class DynReferPredictor:
             raise InputError(
                 f"{len(regions)} regions of one image are more than the {MAX_REGIONS_PER_IMAGE} allowed; split them"
             )
-        return regions, None
+        return regions
 
     @staticmethod
     def _checked_boxes(boxes: Any, width: int, height: int) -> np.ndarray:
@@ -382,7 +437,7 @@ class DynReferPredictor:
                 fields: dict[str, Any] = {}
                 for answer in answers.values():
                     fields |= answer[rows_in_chunk + local]
-                score = None if job.proposal_scores is None else float(job.proposal_scores[row])
+                score = None if job.found is None else float(job.found.scores[row])
                 region = Region(
                     box=tuple(float(value) for value in job.boxes[row]),  # pyright: ignore[reportArgumentType]
                     score=score,
@@ -506,6 +561,19 @@ class DynReferPredictor:
                 device = self.model.device
                 self._embeds[texts] = self.model.encode_text(ids.to(device), mask.to(device))
             return self._embeds[texts]
+
+
+def _as_found(job: _Job, regions: list[Region], caption_iou: float | None) -> list[Region]:
+    """Proposed regions get their masks, and those go whose caption is said already of the same place."""
+    if job.found is None:
+        return regions
+    if job.found.masks is not None:
+        regions = [replace(region, mask=mask) for region, mask in zip(regions, job.found.masks, strict=True)]
+    captions = [region.caption for region in regions if region.caption is not None]
+    if caption_iou is None or len(captions) < len(regions):  # captions were not asked for
+        return regions
+    rows = drop_repeated_captions(job.boxes, job.found.scores.tolist(), captions, caption_iou)
+    return [regions[row] for row in rows]
 
 
 def _finite(logits: Tensor, what: str) -> Tensor:

@@ -16,6 +16,7 @@ from foveate.checkpoints import find_checkpoint
 from foveate.errors import CheckpointError, InputError
 from foveate.files import atomic_write
 from foveate.language.lm import load_tokenizer
+from foveate.language.words import check_words
 
 from .configuration import is_number, is_whole
 
@@ -51,25 +52,6 @@ def attribute_prompts(name: str, kind: str = "is") -> list[str]:
 def control_text(words: Sequence[str]) -> str:
     """Control words as the captioner reads them: joined by commas, closed by a bar; "|" alone for none (spec 2.10)."""
     return ",".join(words) + "|"
-
-
-def check_words(words: Any, what: str) -> tuple[str, ...]:
-    """The words as a tuple, if they are a list of texts that a tokenizer can read.
-
-    Raises:
-        InputError: something else; the sentence says `what` and shows it.
-    """
-    if not isinstance(words, Sequence) or isinstance(words, str | bytes):
-        raise InputError(f"{what} must be a list of words, not {words!r}")
-    for word in words:
-        if not isinstance(word, str) or not word.strip():
-            raise InputError(f"{what} must be a list of words, and {word!r} is none")
-        try:
-            word.encode("utf-8")
-        except UnicodeEncodeError:
-            # Bytes of a command line or a file that are not UTF-8 arrive as halves of surrogate pairs.
-            raise InputError(f"{what} must be words in Unicode, and {word!r} is not; give it in UTF-8") from None
-    return tuple(words)
 
 
 @dataclass(frozen=True)
