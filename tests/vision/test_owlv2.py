@@ -34,7 +34,7 @@ def test_scores_and_boxes_are_those_of_transformers(owlv2_folder: Path, noise: I
     """The words are encoded once here and with every image there."""
     boxes, scores = load(owlv2_folder, threshold=0.0, nms_threshold=1.0)(noise)
     model = Owlv2ForObjectDetection.from_pretrained(owlv2_folder).eval()
-    processor = Owlv2Processor(
+    processor: Any = Owlv2Processor(
         Owlv2ImageProcessorPil.from_pretrained(owlv2_folder), CLIPTokenizer.from_pretrained(owlv2_folder)
     )
     texts = [[f"a photo of {word}" for word in WORDS]]

@@ -151,7 +151,7 @@ def noise() -> Image.Image:
 def test_prompts_give_what_transformers_gives(sam: SamProposer, sam_folder: Path, noise: Image.Image) -> None:
     """By its own processor, which scales the prompts, and its whole forward pass."""
     model = SamModel.from_pretrained(sam_folder).eval()
-    processor = SamProcessor(SamImageProcessorPil.from_pretrained(sam_folder))
+    processor: Any = SamProcessor(SamImageProcessorPil.from_pretrained(sam_folder))
     seen = sam.encode(noise)
     prompts = [({"input_points": [[[30.0, 20.0]]]}, seen.at_point(30, 20))]
     prompts.append(({"input_boxes": [[[3.0, 4.0, 50.0, 40.0]]]}, seen.in_box([3, 4, 50, 40])))

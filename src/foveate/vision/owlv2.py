@@ -60,7 +60,7 @@ class Owlv2Proposer:
             raise InputError(f"{len(self.words)} words for OWLv2 are more than the {MAX_WORDS} allowed; give fewer.")
         check_fraction(threshold, "threshold")
         check_fraction(nms_threshold, "nms_threshold")
-        self.model = model.eval()
+        self.model: Any = model.eval()  # transformers annotates some of its results as what they are not
         self.image_processor = image_processor
         self.threshold, self.nms_threshold = threshold, nms_threshold
         self._queries = self._encode([template.format(word) for word in self.words], tokenizer)

@@ -86,7 +86,7 @@ class SamProposer:
     def __init__(
         self, model: SamModel, image_processor: SamImageProcessorPil, settings: SamSettings | None = None
     ) -> None:
-        self.model = model.eval()
+        self.model: Any = model.eval()  # transformers annotates parts of its configuration as what they are not
         self.image_processor = image_processor
         self.settings = settings or SamSettings()
 
@@ -156,12 +156,13 @@ class SamProposer:
             CheckpointError: the model gives non-finite numbers.
         """
         picture, settings = load_image(image), self.settings
-        crops, points, _, labels = self.image_processor.generate_crop_boxes(
+        grid: Any = self.image_processor.generate_crop_boxes(
             picture,
             self.image_processor.size["longest_edge"],
             crop_n_layers=settings.crop_layers,
             points_per_crop=settings.points_per_side,
         )
+        crops, points, _, labels = grid
         masks: list[Rle] = []
         scores, boxes = [torch.zeros(0)], [torch.zeros(0, 4)]
         for number, crop in enumerate(crops.int().tolist()):

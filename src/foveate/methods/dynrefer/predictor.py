@@ -315,7 +315,7 @@ class DynReferPredictor:
         elif words is not None:
             raise InputError("proposer_words are for a proposer that is given by its name; this one is loaded already")
         if isinstance(chosen, BoxFile):
-            return chosen.proposers(sources)
+            return [*chosen.proposers(sources)]
         if not callable(chosen):
             raise InputError(f"proposer must be a name or a function of an image, not a {type(chosen).__name__}")
         return [chosen] * len(sources)
