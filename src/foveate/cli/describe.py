@@ -98,8 +98,8 @@ def describe(
         typer.Option(
             "--views",
             help="How much context to look at: task (what suits each task), auto or official (searched for each "
-            "region), pairwise or median (searched by other rules), or the views' coefficients from 0 (the region) to 1 (the "
-            "image), such as 0,0.3,0.5.",
+            "region), pairwise or median (searched by other rules), or the views' coefficients from 0 (the region) to "
+            "1 (the image), such as 0,0.3,0.5.",
         ),
     ] = "task",
     model: Annotated[
