@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ from rich.table import Table
 
 from foveate.checkpoints import find_checkpoint
 from foveate.files import atomic_write
+from foveate.methods.dynrefer.predictor import TASKS, DynReferPredictor
+from foveate.methods.dynrefer.recipe import DynReferRecipe, open_regions
+from foveate.methods.dynrefer.tuning import SWEEP, measurer, sweep_views
+from foveate.metrics.captioning import mentioned_words
 from foveate.training.recipes import load_recipe
 from foveate.training.runner import train
+from foveate.vision.plots import line_chart
+from foveate.world.vocabulary import relation_predicates
 
 RECIPE = Path("recipes/dynrefer/world.yaml")
 RESULTS = Path("benchmarks/results")
@@ -36,7 +43,6 @@ VARIANTS: dict[str, list[str]] = {
     "region view only": ["model.num_views=1"],
     "caption task only": ["model.tag_loss_weight=0", "model.contrast_loss_weight=0", "model.prompt_loss_weight=0"],
 }
-SWEEP = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 METRICS = {
     "category_accuracy": "category",
     "attribute_map": "attributes",
@@ -68,33 +74,26 @@ def train_variant(runs: Path, name: str, steps: int) -> Path:
     return checkpoint
 
 
-def measure(checkpoint: Path, t: float | None, regions: int) -> dict[str, Any]:
-    """Metrics with every context view at t (None: the model's own policy)."""
-    from foveate.methods.dynrefer.predictor import TASKS, DynReferPredictor
-    from foveate.methods.dynrefer.recipe import evaluate
+def evaluation(regions: int) -> DynReferRecipe:
+    """The world recipe on so many regions."""
+    recipe = load_recipe(RECIPE, [f"evaluation.data.regions={regions}"])
+    assert isinstance(recipe, DynReferRecipe)
+    return recipe
 
-    config = DynReferPredictor.from_pretrained(checkpoint).model.config
-    views: Any = None if config.num_views == 1 or t is None else [t] * (config.num_views - 1)
+
+def measure(checkpoint: Path, regions: int) -> Mapping[str, Any]:
+    """Metrics with the model's own views."""
+    predictor = DynReferPredictor.from_pretrained(checkpoint)
     # A model that was trained to write captions only has tag and contrast heads that know nothing.
-    tasks = list(TASKS) if config.tag_loss_weight else ["caption"]
-    recipe = load_recipe(
-        RECIPE,
-        [
-            f"evaluation.views={json.dumps(views)}",
-            f"evaluation.tasks={json.dumps(tasks)}",
-            f"evaluation.data.regions={regions}",
-        ],
-    )
-    return evaluate(recipe, checkpoint)  # pyright: ignore[reportArgumentType]
+    tasks = TASKS if predictor.model.config.tag_loss_weight else ("caption",)
+    return measurer(predictor, evaluation(regions).evaluation, tasks)("task")
 
 
 def ablations(runs: Path, steps: int, regions: int, console: Console) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name in VARIANTS:
         checkpoint = train_variant(runs, name, steps)
-        rows[name] = {
-            metric: value for metric, value in measure(checkpoint, None, regions).items() if metric in METRICS
-        }
+        rows[name] = {metric: value for metric, value in measure(checkpoint, regions).items() if metric in METRICS}
     table = Table("variant", *METRICS.values(), title=f"Ablations, {steps} steps, {regions} unseen regions")
     for name, row in rows.items():
         table.add_row(name, *(f"{row[metric]:.3f}" if metric in row else "-" for metric in METRICS))
@@ -104,25 +103,17 @@ def ablations(runs: Path, steps: int, regions: int, console: Console) -> dict[st
 
 def relation_chance(regions: int) -> float:
     """The accuracy of saying the most frequent relation of the evaluated regions, whatever is seen."""
-    from foveate.methods.dynrefer.recipe import DynReferRecipe, open_regions
-    from foveate.metrics.captioning import mentioned_words
-    from foveate.world.vocabulary import relation_predicates
-
-    recipe = load_recipe(RECIPE, [f"evaluation.data.regions={regions}"])
-    assert isinstance(recipe, DynReferRecipe)
-    dataset, index = open_regions(recipe.evaluation.data)
+    dataset, index = open_regions(evaluation(regions).evaluation.data)
     captions = [dataset[image].regions[number].captions[0] for image, number in index]
     said = Counter(words for caption in captions if (words := mentioned_words(caption, relation_predicates())))
     return max(said.values()) / said.total()
 
 
 def curve(model: str, regions: int, console: Console, picture: Path) -> dict[str, Any]:
-    from foveate.vision.plots import line_chart
-
-    checkpoint = find_checkpoint(model)
-    rows = []
-    for t in track(SWEEP, "views", console=console):
-        rows.append(measure(checkpoint, t, regions))
+    predictor = DynReferPredictor.from_pretrained(find_checkpoint(model))
+    measured = measurer(predictor, evaluation(regions).evaluation, TASKS)
+    sweep = track(SWEEP, "views", console=console)
+    rows = sweep_views(measured, TASKS, predictor.model.config.num_views, coefficients=sweep)
     chance = relation_chance(regions)
     table = Table("t", *METRICS.values(), title=f"{model}: all context views at t, {regions} unseen regions")
     for t, row in zip(SWEEP, rows, strict=True):

@@ -6,13 +6,14 @@ import errno
 import os
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foveate.errors import InputError
-from foveate.files import ResumableLines, atomic_folder, atomic_write
+from foveate.files import ResumableLines, atomic_folder, atomic_write, file_states
 
 
 def names(folder: Path) -> list[str]:
@@ -318,3 +319,29 @@ def test_lines_survive_a_full_disk(tmp_path: Path) -> None:
         lines.append("1")
     assert names(tmp_path) == [lines.partial.name]
     assert lines.partial.read_text() == "1\n"
+
+
+def test_lines_go_on_where_they_can(tmp_path: Path) -> None:
+    def write(*lines: str, stop: bool) -> list[str]:
+        file = ResumableLines.go_on(tmp_path / "a.txt", key="k")
+        with suppress(KeyboardInterrupt), file:
+            for line in lines:
+                file.append(line)
+            if stop:
+                raise KeyboardInterrupt
+        return file.finished
+
+    assert write("one", "two", stop=True) == []
+    assert write("three", stop=False) == ["one", "two"]
+    assert (tmp_path / "a.txt").read_text() == "one\ntwo\nthree\n"
+    assert write("new", stop=False) == []
+    assert (tmp_path / "a.txt").read_text() == "new\n"
+
+
+def test_states_of_files_tell_changes(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("1")
+    (tmp_path / "a").write_text("12")
+    before = file_states(tmp_path)
+    assert [(name, size) for name, size, _ in before] == [("a", 2), ("b", 1)]
+    os.utime(tmp_path / "a", (1, 1))
+    assert file_states(tmp_path) != before

@@ -124,6 +124,11 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     _sync_folder(target.parent)
 
 
+def file_states(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file of a folder: what is not the same after any of them was written."""
+    return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
+
+
 class ResumableLines:
     """A text file of lines that appears whole, and whose finished lines outlive an interruption.
 
@@ -162,6 +167,12 @@ class ResumableLines:
             data = self.partial.read_bytes()
             self._size = data.rfind(b"\n") + 1
             self.finished = data[: self._size].decode("utf-8").split("\n")[:-1]
+
+    @classmethod
+    def go_on(cls, path: str | os.PathLike[str], *, key: str) -> ResumableLines:
+        """Resumes an interrupted run with the same key where there is one, and starts anew where there is none."""
+        lines = cls(path, key=key)
+        return cls(path, key=key, resume=True) if lines.partial.is_file() else lines
 
     def __enter__(self) -> ResumableLines:
         self._target.parent.mkdir(parents=True, exist_ok=True)

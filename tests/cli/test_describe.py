@@ -17,7 +17,7 @@ from PIL import Image
 
 from foveate import cli
 from foveate.errors import InputError
-from foveate.methods.dynrefer.results import Region, Regions
+from foveate.methods.dynrefer.results import Region, Regions, Report, ViewChoice
 from foveate.vision.images import load_image
 
 
@@ -29,6 +29,8 @@ class Describer:
         self.interrupt_at: str | None = None
         self.error: BaseException = KeyboardInterrupt()
         self.proposed: dict[str, list[tuple[float, float, float, float]]] = {}
+        self.searches = False
+        self.report: Report | None = None
 
     def __call__(self, images: Any, boxes: Any = None, masks: Any = None, **options: Any) -> Any:
         self.calls.append({"boxes": boxes, "masks": masks, **options})
@@ -42,6 +44,7 @@ class Describer:
         image = load_image(path)
         score = 0.5 if path.name in self.proposed else None
         boxes = self.proposed.get(path.name, [(0, 0, *image.size)]) if boxes is None else boxes
+        choices = (ViewChoice(("tags",), (0.0, 0.4), "official", {0.1: 2.5, 0.4: 5.0}),) if self.searches else ()
         return Regions(
             image,
             [
@@ -55,9 +58,11 @@ class Describer:
                     attribute_scores={"red": 0.875, "blue": 0.125},
                     tag_scores={"cat": 0.25},
                     score=score,
+                    choices=choices,
                 )
                 for box in boxes
             ],
+            self.report,
         )
 
 
@@ -381,3 +386,32 @@ def test_bad_arguments(run: Run, folder: Path, arguments: list[str], sentence: s
     assert sentence in err
     assert len(err.splitlines()) == 1
     assert made(folder) == before
+
+
+def test_report_adds_up_the_calls(run: Run, describer: Describer) -> None:
+    """Forty images are three calls of at most sixteen."""
+    describer.report = Report(images=16, regions=16, views=48, crops=40, least_crops=32, milliseconds={"tower": 7.5})
+    names = [f"{number:02}.png" for number in range(40)]
+    _, out, err = run(*names, "--format", "jsonl", "--report")
+    assert len(out.splitlines()) == 40, "the result stays what it is"
+    assert "48 regions of 48 images in 22.5 ms" in err
+    assert "120 crops encoded for 144 views; 24 more than the cheapest choice of views (96)" in err
+    assert "tower           22.5 ms  100%" in err
+    assert "crops encoded" not in "".join(run("00.png", "--no-picture")[1:])
+    _, out, err = run("00.png", "--no-picture", "--report")
+    assert "16 regions of 16 images" in out
+    assert err == ""
+
+
+def test_searched_views_are_explained(run: Run, describer: Describer, folder: Path) -> None:
+    """One row of eleven candidates in place of the few crops looked at, and the distances in the result."""
+    command = ("00.png", "--box", "1,2,9,9", "--views", "auto", "--format", "json", "--show-views", "v.png")
+    assert "searches" not in json.loads(run(*command)[1])[0]["regions"][0]
+    plain = Image.open(folder / "v.png").width
+    describer.searches = True
+    code, out, _ = run(*command)
+    assert code == 0
+    assert Image.open(folder / "v.png").width > 11 * 128 > plain
+    assert json.loads(out)[0]["regions"][0]["searches"] == [
+        {"selection": "official", "tasks": ["tags"], "t": [0.0, 0.4], "distances": {"0.1": 2.5, "0.4": 5.0}}
+    ]

@@ -26,7 +26,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(caught.value.code or 0), out, err
 
 
-@pytest.mark.parametrize("verb", ["describe", "world", "train", "evaluate"])
+@pytest.mark.parametrize("verb", ["describe", "world", "train", "evaluate", "tune-views"])
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from foveate.cli import convert, describe, evaluate, train, world
+from foveate.cli import convert, describe, evaluate, train, tune_views, world
 from foveate.cli.options import one_line
 from foveate.errors import FoveateError
 
@@ -34,6 +34,7 @@ app.command("describe")(describe.describe)
 app.add_typer(world.app, name="world")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("tune-views")(tune_views.tune_views)
 app.add_typer(convert.app, name="convert")
 
 # typer carries a copy of click from some version on, so the error is found through one that it gives out.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from foveate import Regions
+    from foveate.methods.dynrefer.results import Report
 
 FORMATS = ("text", "json", "jsonl")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -96,8 +97,9 @@ def describe(
         str,
         typer.Option(
             "--views",
-            help="How much context to look at: task (what suits each task), auto (searched for each region), or the "
-            "views' coefficients from 0 (the region) to 1 (the image), such as 0,0.3,0.5.",
+            help="How much context to look at: task (what suits each task), auto or official (searched for each "
+            "region), pairwise or median (searched by other rules), or the views' coefficients from 0 (the region) to "
+            "1 (the image), such as 0,0.3,0.5.",
         ),
     ] = "task",
     model: Annotated[
@@ -129,8 +131,16 @@ def describe(
     no_picture: Annotated[bool, typer.Option("--no-picture", help="Write no annotated picture.")] = False,
     show_views: Annotated[
         Path | None,
-        typer.Option("--show-views", help="Picture of the crops looked at; a folder when several images are given."),
+        typer.Option(
+            "--show-views",
+            help="Picture of the crops looked at, and of why where they were searched; a folder when several images "
+            "are given.",
+        ),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Say what it cost: crops encoded, hashes, milliseconds of each stage."),
+    ] = False,
     beams: Annotated[int | None, typer.Option("--beams", help="Beam width of the captions; 1 is greedy.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Regions that run together.")] = 64,
     device: Device = None,
@@ -191,6 +201,7 @@ def describe(
     else:
         lines = None
     masks = [load_mask(path) for path in mask or []]
+    reports: list[Report] = []
 
     from foveate.checkpoints import find_checkpoint
     from foveate.methods import load
@@ -206,7 +217,7 @@ def describe(
         options["batch_size"] = batch_size  # not before: the lines to resume do not depend on it
         if listed is not None:
             options["proposer"] = listed
-        described = _describe(describer, pending, masks, progress, options, skipped if skip_bad else None)
+        described = _describe(describer, pending, masks, progress, options, skipped if skip_bad else None, reports)
         if lines is not None:
             _write_lines(lines, described)
         elif out is not None:
@@ -219,6 +230,8 @@ def describe(
                 print(part, end="", flush=True)
     # What was asked for may be piped on; where it went is news for the person.
     news = sys.stdout if style == "text" else sys.stderr
+    if report and reports:
+        print(sum(reports[1:], reports[0]), file=news)
     not_drawn = {path for job in skipped for path in job[2:]}
     for path in written:
         if path not in not_drawn:
@@ -357,10 +370,12 @@ def _describe(
     progress: Progress,
     options: dict[str, Any],
     skipped: list[_Job] | None,
+    reports: list[Report],
 ) -> Iterator[tuple[Path, Regions | InputError]]:
     """Describes a few images at a time, writes their pictures, and gives them on.
 
     Args:
+        reports: gets what each call cost.
         skipped: gets the images whose own fault stopped a call, and they are given on with it; None to stop there.
     """
 
@@ -372,7 +387,11 @@ def _describe(
 
     for start in range(0, len(pending), IMAGES_PER_CALL):
         part = pending[start : start + IMAGES_PER_CALL]
-        for job, regions in zip(part, _call_each(call, part, skip=skipped is not None), strict=True):
+        results = _call_each(call, part, skip=skipped is not None)
+        # One call described all of them, and each has its report.
+        costs = (found.report for found in results if not isinstance(found, InputError))
+        reports.extend([cost for cost in costs if cost is not None][:1])
+        for job, regions in zip(part, results, strict=True):
             image, _, annotated, looked_at = job
             if isinstance(regions, InputError):
                 print(f"skipped: {one_line(str(regions))}", file=sys.stderr)
@@ -426,7 +445,7 @@ def _draw(regions: Regions, annotated: Path | None, looked_at: Path | None, *, d
     if annotated is not None:
         _save(regions.plot_dense() if dense else regions.plot(), annotated)
     if looked_at is not None:
-        _save(regions.plot_views(), looked_at)
+        _save(regions.plot_views(explain=regions.searched), looked_at)
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foveate.methods.dynrefer.tuning import Tuning
     from foveate.training.runner import EvaluationResult
     from foveate.training.trainer import TrainResult
 
@@ -27,15 +28,40 @@ def print_evaluation(result: EvaluationResult, report: Path | None = None) -> No
         print(f"report: {report}")
 
 
+def print_tuning(result: Tuning) -> None:
+    """For each task a row per t and a column per round, then what to compare it with and what came out best."""
+    from foveate.methods.dynrefer.tuning import round_name
+
+    print(f"{result.model}: {result.regions} regions of {result.dataset}")
+    for task, tuning in result.tasks.items():
+        names = [round_name(number, tuning) for number in range(len(tuning.rounds))]
+        rows = [
+            [f"{t:g}", *(f"{own.values[k]:.4g}" + " *" * (t == own.best) for own in tuning.rounds)]
+            for k, t in enumerate(result.t)
+        ]
+        _rows(f"{task}: {tuning.figure}", ["t", *names], rows)
+        best = tuning.views if isinstance(tuning.views, str) else [*tuning.views]
+        print(f"the model's own views {tuning.policy:.4g}, official search {tuning.search:.4g}")
+        print(f"best: {best} {tuning.value:.4g}")
+    if result.left_out:
+        print(f"without labels, so not tuned: {', '.join(result.left_out)}")
+
+
 def _table(title: str, values: Mapping[str, Any]) -> None:
+    rows = [[name, f"{value:.4g}" if isinstance(value, float) else str(value)] for name, value in _flat(values)]
+    _rows(title, ["metric", "value"], rows)
+
+
+def _rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column holds names and whose others hold numbers."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    table.add_column("metric", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    for name, value in _flat(values):
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     # Into a file or a pipe no width is known, and rich would cut the names at 80.
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
 

@@ -1,8 +1,9 @@
 """The DCT perceptual hash with which DynRefer compares views (spec section 4.2), batched over boxes and images.
 
 The hash of a box is: crop, bilinear resize to 224 x 224 without antialiasing, two-dimensional orthonormal DCT-II, the
-8 x 8 block of lowest frequencies, one bit per coefficient. Crop, resize and DCT are linear and separable, so the block
-is ``By @ grey @ Bx^T`` with two 8-row matrices per box; neither the crop nor the 224 x 224 picture is ever made.
+8 x 8 block of lowest frequencies, one bit per coefficient. With A the 8 x 224 cosines the block is
+``A @ resized @ A^T`` (spec section 4.2). Crop and resize are linear and separable too, so they are folded into two
+8-row matrices per box, and the block is ``By @ grey @ Bx^T``: neither the crop nor the 224 x 224 picture is ever made.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from foveate.ops.boxes import as_box_tensor
 HASH_SIZE = 8
 RESIZED = 224
 
-# Boxes hashed at a time, which bounds the memory of the bases.
+# Boxes of all images hashed at a time, which bounds the memory of the bases.
 _CHUNK = 256
 
 
@@ -68,7 +69,8 @@ def dct_block(grey: Tensor, boxes: Tensor) -> Tensor:
         )
     precision = torch.float32 if grey.device.type == "mps" else torch.float64
     images = images.to(precision)
-    blocks = [_block(images, part.to(precision)) for part in corners.split(_CHUNK, dim=1)]
+    chunk = max(1, _CHUNK // max(batch, 1))
+    blocks = [_block(images, part.to(precision)) for part in corners.split(chunk, dim=1)]
     return torch.cat(blocks, 1).reshape(*leading, HASH_SIZE, HASH_SIZE)
 
 

@@ -45,7 +45,7 @@ def train(
     Raises:
         RecipeError, CheckpointError: see `load_recipe` and `trainer.run`.
     """
-    recipe = _load(recipe_path, overrides, out)
+    recipe = resolved_recipe(recipe_path, overrides, out)
     module = recipe_module(recipe.method)
 
     from transformers import set_seed
@@ -69,7 +69,7 @@ def evaluate(
         RecipeError: see `load_recipe`.
         InputError: `model` is not a folder.
     """
-    recipe = _load(recipe_path, overrides, out)
+    recipe = resolved_recipe(recipe_path, overrides, out)
     if not Path(model).is_dir():
         raise InputError(
             f"There is no model folder {model}; give one that training wrote ({recipe.output}/checkpoint)."
@@ -82,20 +82,25 @@ def evaluate(
     metrics = recipe_module(recipe.method).evaluate(recipe, Path(model))
     result = EvaluationResult(recipe.method, str(model), metrics, round(time.perf_counter() - started, 2))
     with atomic_write(recipe.output / "evaluation.json") as file:
-        json.dump(_json_ready(asdict(result)), file, indent=1, allow_nan=False)
+        json.dump(json_ready(asdict(result)), file, indent=1, allow_nan=False)
     return result
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """The value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _load(recipe_path: str | Path, overrides: Sequence[str], out: str | Path | None) -> Recipe:
+def resolved_recipe(recipe_path: str | Path, overrides: Sequence[str], out: str | Path | None) -> Recipe:
+    """The recipe with its overrides, which writes into `out` in place of its own `output`.
+
+    Raises:
+        RecipeError: see `load_recipe`, or the output is a file.
+    """
     extra = [] if out is None else [f"output={json.dumps(str(out))}"]
     recipe = load_recipe(recipe_path, [*overrides, *extra])
     if recipe.output.exists() and not recipe.output.is_dir():  # said now, not when there are results to write

@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 import foveate
 from foveate.errors import CheckpointError, InputError
 from foveate.methods.dynrefer.modeling import DynReferModel
-from foveate.methods.dynrefer.predictor import TASKS, DynReferPredictor
+from foveate.methods.dynrefer.predictor import STAGES, TASKS, DynReferPredictor
 from foveate.methods.dynrefer.processing import DynReferProcessor, Vocabulary, control_text
-from foveate.methods.dynrefer.results import Region, Regions
-from foveate.methods.dynrefer.views import build_views
+from foveate.methods.dynrefer.results import Region, Regions, Report
+from foveate.methods.dynrefer.views import build_views, search_views
 from foveate.vision.images import encode_rle
 
 BOXES = [[20, 10, 50, 30], [50, 40, 95, 75], [5.5, 6.25, 18, 70], [0, 0, 96, 80]]
@@ -136,6 +136,58 @@ class TestAnswers:
         assert isinstance(first, Region)
         assert isinstance(second, Region)
         assert first.tag_scores != pytest.approx(second.tag_scores, abs=1e-5)
+
+    def test_views_of_each_task(self, predictor: DynReferPredictor, photo: Image.Image) -> None:
+        """A mapping gives each task its own views; what each says is what it says alone with them."""
+        views = {"caption": [0.3, 0.9], "tags": "pairwise", "attributes": [0.3, 0.9]}
+        together = predictor(photo, boxes=BOXES, views=views)
+        assert [choice.tasks for choice in together[0].choices] == [("caption", "attributes"), ("tags",), ("category",)]  # pyright: ignore
+        assert [choice.selection for choice in together[0].choices] == ["fixed", "pairwise", "fixed"]  # pyright: ignore
+        assert together[0].choices[2].coefficients == (0.0, 0.1, 0.2)  # pyright: ignore[reportAttributeAccessIssue]
+        tags = predictor(photo, boxes=BOXES, views="pairwise", tasks="tags")
+        attributes = predictor(photo, boxes=BOXES, views=[0.3, 0.9], tasks="attributes")
+        for region, by_tags, by_attributes in zip(together, tags, attributes, strict=True):
+            assert region.tag_scores == pytest.approx(by_tags.tag_scores, abs=1e-5)  # pyright: ignore
+            assert region.attribute_scores == pytest.approx(by_attributes.attribute_scores, abs=1e-5)  # pyright: ignore
+        with pytest.raises(InputError, match=r"the task 'captions' \(did you mean 'caption'\?\)"):
+            predictor(photo, views={"captions": "auto"})
+
+    def test_search_over_images_is_that_of_each(
+        self, predictor: DynReferPredictor, photo: Image.Image, wide_photo: Image.Image
+    ) -> None:
+        together = predictor([photo, wide_photo], boxes=[BOXES, WIDE_BOXES], views="auto", tasks="tags")
+        for image, boxes, regions in zip((photo, wide_photo), (BOXES, WIDE_BOXES), together, strict=True):
+            [search] = search_views([image], [np.array(boxes)], 2)
+            for row, region in enumerate(regions):  # pyright: ignore[reportArgumentType]
+                [choice] = region.choices
+                assert choice.coefficients == tuple(search.coefficients[row])
+                assert list(choice.distances.values()) == search.distances[row].tolist()
+                assert choice.tasks == ("tags",)
+
+    def test_report(self, predictor: DynReferPredictor, photo: Image.Image, wide_photo: Image.Image) -> None:
+        def report(**options: Any) -> Report:
+            first, second = predictor([photo, wide_photo], boxes=[BOXES[:2], WIDE_BOXES], **options)
+            assert first.report is second.report  # pyright: ignore[reportAttributeAccessIssue]
+            assert first[:1].report is first.report  # pyright: ignore
+            return first.report  # pyright: ignore
+
+        # Two groups of three views each; the regions themselves are shared: 3 + 3 x 2 x 2 crops against 3 + 2.
+        by_task = report()
+        assert (by_task.images, by_task.regions, by_task.views) == (2, 3, 18)
+        assert (by_task.crops, by_task.least_crops, by_task.extra_crops, by_task.hashes) == (15, 5, 10, 0)
+        assert set(by_task.milliseconds) == {*STAGES, "other"}
+        assert by_task.milliseconds["proposals"] == 0
+        assert all(value > 0 for stage, value in by_task.milliseconds.items() if stage != "proposals")
+        # The whole image as the only context is the cheapest choice; run region by region, nothing is shared.
+        cheapest = report(views=[1.0, 1.0], tasks="tags")
+        assert (cheapest.views, cheapest.crops, cheapest.extra_crops) == (9, 5, 0)
+        assert cheapest.milliseconds["captions"] == 0
+        assert report(views=[1.0, 1.0], tasks="tags", batch_size=1).extra_crops == 1
+        assert report(views="auto").hashes == 3 * 11
+        assert report(views={"caption": "auto", "tags": "median"}).hashes == 2 * 3 * 11
+        nothing = predictor(photo, boxes=[], tasks="tags").report
+        assert nothing is not None
+        assert (nothing.regions, nothing.crops, nothing.extra_crops) == (0, 0, 0)
 
     def test_classes(self, predictor: DynReferPredictor, photo: Image.Image) -> None:
         own = predictor(photo, boxes=BOXES, tasks="category")

@@ -50,6 +50,35 @@ def test_generation_settings_stay_whole_numbers(first: Path) -> None:
     assert region.caption is not None
 
 
+def test_views_of_recipes_have_the_names_of_the_describer() -> None:
+    """Names, t's, or both by task; whatever else is refused with the nearest name."""
+
+    def views(value: str) -> Any:
+        recipe: Any = load_recipe(RECIPE, [f"evaluation.views={value}"])
+        return recipe.evaluation.views
+
+    assert [views(name) for name in ("task", "auto", "official", "pairwise", "median", "null")] == [
+        *("task", "auto", "official", "pairwise", "median"),
+        None,
+    ]
+    assert views("{caption: [0.3, 0.5], tags: auto, category: task}") == {
+        "caption": [0.3, 0.5],
+        "tags": "auto",
+        "category": "task",
+    }
+    policy: Any = load_recipe(RECIPE, ["model.view_policy={caption: pairwise, tags: [0.3, 0.4]}"])
+    assert policy.model.view_policy == {"caption": "pairwise", "tags": [0.3, 0.4]}
+    for override, message in (
+        ("evaluation.views=offical", r"unknown views 'offical' \(did you mean 'official'\?\)"),
+        ("evaluation.views={captions: auto}", r"names the task 'captions' \(did you mean 'caption'\?\)"),
+        ("evaluation.views={caption: [2]}", "view_policy of caption: views are a list of t's"),
+        ("model.view_policy={caption: task}", "unknown views 'task'"),
+        ("model.view_policy=auto", "a mapping of tasks to t's is needed, not 'auto'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(RECIPE, [override])
+
+
 def test_a_checkpoint_does_not_say_where_its_parts_lay(first: Path) -> None:
     assert '_name_or_path": "/' not in (first / "config.json").read_text()
 
@@ -94,7 +123,10 @@ def test_cached_views_need_the_training_process(first: Path, tmp_path: Path) -> 
         ("data.views=[5, 7]", r"data\.views: views are a list of t's between 0 .*, not \[5, 7\] \(or take random\)"),
         ("data.views=[.nan, 0.2]", "data.views: views are a list of t's"),
         ("data.views=rndom", "not 'rndom' \\(or take random\\)"),
-        ("model.view_policy={colour: [0.1, 0.2]}", "model.view_policy: view_policy names the task 'colour'; tasks are"),
+        (
+            "model.view_policy={colour: [0.1, 0.2]}",
+            "model.view_policy: a view policy names the task 'colour'; tasks are",
+        ),
         ("model.view_policy={tags: [0.1, 3]}", "view_policy of tags: views are a list of t's"),
         ("model.view_policy=[0.1]", r"model.view_policy: a mapping of tasks to t's is needed, not \[0.1\]"),
         ("model.generation={no_such_key: 1}", "model.generation: 'no_such_key' is not a generation setting; known are"),
@@ -111,7 +143,7 @@ def test_cached_views_need_the_training_process(first: Path, tmp_path: Path) -> 
             "should be 'caption', 'tags', 'attributes' or 'category', but it is \"captoin\"",
         ),
         ("evaluation.tasks=[]", "evaluation.tasks"),
-        ("evaluation.views=wide", "not 'wide' \\(or take task, auto, official"),
+        ("evaluation.views=wide", r"unknown views 'wide' .*; use task, auto, official"),
         ("evaluation.views=[0.5, 2]", "evaluation.views: views are a list of t's"),
         ("evaluation.num_beams=0", "evaluation.num_beams should be greater than 0"),
         ("evaluation.num_beams=65", "evaluation.num_beams should be less than or equal to 64"),

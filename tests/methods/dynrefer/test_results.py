@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.methods.dynrefer.results import Region, Regions, View
+from foveate.methods.dynrefer.results import PALETTE, Region, Regions, Report, View, ViewChoice
+from foveate.methods.dynrefer.views import search_views
 
 
 @pytest.fixture
@@ -170,3 +171,76 @@ class TestPictures:
             Image.new("RGB", size), [Region(box=(0.0, 0.0, 1.0, 1.0), category="car", category_score=1.0)]
         )
         assert 16_000 < max(picture.plot().size) <= 16_383
+
+
+class TestExplanation:
+    def explained(self, photo: Image.Image, selection: str) -> tuple[np.ndarray, tuple[float, ...]]:
+        """Picture with crops of 40 pixels of a searched region, and the t's that were chosen."""
+        box = (20.0, 10.0, 50.0, 30.0)
+        [search] = search_views([photo], [np.array([box])], 2, selection=selection)
+        t = tuple(search.coefficients[0].tolist())
+        distances = dict(zip([k / 10 for k in range(1, 11)], search.distances[0].tolist(), strict=True))
+        region = Region(box=box, choices=(ViewChoice(("tags",), t, selection, distances),))
+        return np.asarray(Regions(photo, [region]).plot_views(side=40, explain=True)), t
+
+    @pytest.mark.parametrize("selection", ["official", "pairwise", "median"])
+    def test_every_candidate_is_there_and_the_chosen_are_framed(self, photo: Image.Image, selection: str) -> None:
+        picture, t = self.explained(photo, selection)
+        left = picture.shape[1] - 11 * 48
+        framed = [
+            place
+            for column in range(11)
+            for place in range(3)
+            if tuple(picture[80, left + column * 48 - 2]) == PALETTE[place]
+        ]
+        columns = [round(10 * value) for value in t]
+        expected = [place for _, place in sorted(zip(columns, range(3), strict=True))]
+        assert framed == expected
+        # The crop of the whole image stands last, unframed or not, pixel by pixel.
+        whole = np.asarray(photo.resize((40, 40)))
+        np.testing.assert_array_equal(picture[62 + 4 : 62 + 36, left + 484 : left + 516], whole[4:36, 4:36])
+
+    def test_bars_are_as_high_as_the_distances(self, photo: Image.Image) -> None:
+        picture, t = self.explained(photo, "official")
+        [search] = search_views([photo], [np.array([[20, 10, 50, 30]])], 2)
+        left, distances = picture.shape[1] - 11 * 48, search.distances[0]
+        heights = []
+        for column in range(1, 11):
+            middle = picture[62 + 40 + 18 : 62 + 40 + 72, left + column * 48 + 20]
+            heights.append(int((middle.min(axis=1) < 255).sum()))
+        np.testing.assert_allclose(heights, 54 * distances / distances.max(), atol=2.5)
+        assert heights[round(10 * t[1]) - 1] == max(heights)
+
+    def test_views_that_were_not_searched(self, photo: Image.Image) -> None:
+        """A t that is no candidate gets a column of its own; without any choice the candidates alone are shown."""
+        box = (20.0, 10.0, 50.0, 30.0)
+        fixed = Regions(photo, [Region(box=box, choices=(ViewChoice(("tags",), (0.0, 0.35, 1.0)),))])
+        plain = Regions(photo, [Region(box=box)])
+        assert fixed.plot_views(side=40, explain=True).width == plain.plot_views(side=40, explain=True).width + 48
+        assert not fixed.searched
+
+    def test_flat_and_empty(self) -> None:
+        flat = Image.new("RGB", (30, 500), "teal")
+        assert Regions(flat, [Region(box=(0.0, 0.0, 30.0, 500.0))]).plot_views(explain=True).height > 128
+        assert Regions(flat, []).plot_views(explain=True).size == (1, 1)
+
+    def test_many_blocks_fit_every_format(self, photo: Image.Image) -> None:
+        picture = Regions(photo, [Region(box=(1.0, 1.0, 9.0, 9.0))] * 200).plot_views(explain=True)
+        assert 15_000 < picture.height <= 16_383
+        assert np.asarray(picture)[-30:].min() < 128
+
+
+class TestReport:
+    def test_reports_add_up(self) -> None:
+        one = Report(1, 2, 12, 7, 3, 22, {"tower": 3.0, "other": 1.0})
+        two = Report(1, 1, 6, 4, 2, 11, {"tower": 1.0, "heads": 3.0})
+        both = one + two
+        assert both == Report(2, 3, 18, 11, 5, 33, {"tower": 4.0, "other": 1.0, "heads": 3.0})
+        assert both.extra_crops == 6
+        assert both.to_dict()["extra_crops"] == 6
+        assert json.loads(json.dumps(both.to_dict()))["milliseconds"]["heads"] == 3.0
+        lines = str(both).splitlines()
+        assert lines[0] == "3 regions of 2 images in 8.0 ms"
+        assert "11 crops encoded for 18 views; 6 more than the cheapest choice of views (5)" in lines[1]
+        assert lines[3].split() == ["tower", "4.0", "ms", "50%"]
+        assert str(Report()).startswith("0 regions")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.fft import dctn
@@ -26,7 +26,9 @@ from foveate.methods.dynrefer.views import (
     resolve_policy,
     sample_coefficients,
     search_coefficients,
+    search_views,
 )
+from foveate.ops.phash import perceptual_hash
 
 
 @st.composite
@@ -266,6 +268,44 @@ class TestSearch:
         assert search_coefficients(noisy, np.zeros((0, 4)), 2).shape == (0, 3)
         assert search_coefficients(noisy, boxes, 0).tolist() == [[0]] * 3
 
+    @settings(deadline=None, max_examples=20)
+    @given(st.data(), st.sampled_from(["official", "pairwise", "median"]))
+    def test_images_together_equal_one_by_one(self, data: st.DataObject, selection: str) -> None:
+        """Images of many sizes, flat ones among them, with any number of regions: the same hashes and the same t's."""
+        images, boxes = [], []
+        for _ in range(data.draw(st.integers(1, 6))):
+            width, height = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 120))
+            random = np.random.default_rng(data.draw(st.integers(0, 99)))
+            flat = data.draw(st.booleans())
+            cells = random.integers(0, 256, (1, 1, 3) if flat else (-(-height // 7), -(-width // 7), 3))
+            pixels = cells.repeat(height if flat else 7, axis=0).repeat(width if flat else 7, axis=1)
+            images.append(pixels[:height, :width].astype(np.uint8))
+            corners = random.random((data.draw(st.integers(0, 5)), 2, 2)) * (width, height)
+            boxes.append(np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1))
+        together = search_views(images, boxes, 3, selection=selection)
+        for image, own, found in zip(images, boxes, together, strict=True):
+            [alone] = search_views([image], [own], 3, selection=selection)
+            np.testing.assert_array_equal(found.coefficients, alone.coefficients)
+            np.testing.assert_array_equal(found.distances, alone.distances)
+            assert found.distances.shape == (len(own), 10)
+            for row, box in enumerate(own):
+                [single] = search_views([image], [box[None]], 3, selection=selection)
+                np.testing.assert_array_equal(found.coefficients[row], single.coefficients[0])
+
+    def test_distances_by_hand(self) -> None:
+        """Left half black, right half white; the region is black, so its hash is empty."""
+        pixels = np.zeros((100, 100, 3), np.uint8)
+        pixels[:, 50:] = 255
+        box = np.array([[0, 0, 10, 10.0]])
+        [found] = search_views([pixels], [box], 2)
+        grey = torch.from_numpy(pixels[..., 0])
+        crops = pixel_boxes(interpolate_boxes(box, np.array(CANDIDATE_VIEWS), 100, 100), 100, 100)[0]
+        bits = perceptual_hash(grey, torch.from_numpy(crops)).sum(-1)
+        assert not perceptual_hash(grey, torch.from_numpy(box)).any()
+        assert bits[:4].tolist() == [0, 0, 0, 0]  # t = 0.4 ends at 46 pixels, still in the black
+        np.testing.assert_allclose(found.distances[0], bits.numpy() / np.array(CANDIDATE_VIEWS))
+        assert found.coefficients[0, 1] == CANDIDATE_VIEWS[int(found.distances[0].argmax())]
+
     def test_unknown_selection(self, photo: Image.Image) -> None:
         with pytest.raises(InputError, match=r"'greedy'; use one of official, pairwise, median"):
             search_coefficients(photo, np.array([[0, 0, 5, 5]]), 2, selection="greedy")
@@ -287,10 +327,30 @@ class TestPolicy:
             assert found.tolist() == [0, 0.9, 0.2]  # the order is kept: it is that of the channels
         assert resolve_policy([], "caption", 1, policy).tolist() == [0]  # pyright: ignore[reportAttributeAccessIssue]
 
+    def test_a_mapping_gives_each_task_its_own(self) -> None:
+        views = {"caption": [0.9, 0.2], "tags": "median", "category": "task"}
+        found = {task: resolve_policy(views, task, 3, DEFAULT_VIEW_POLICY) for task in DEFAULT_VIEW_POLICY}
+        assert {task: own if isinstance(own, str) else own.tolist() for task, own in found.items()} == {
+            "attributes": [0, 0.1, 0.2],  # missing: the model's own
+            "category": [0, 0.1, 0.2],
+            "tags": "median",
+            "caption": [0, 0.9, 0.2],
+        }
+
+    def test_a_policy_may_name_a_search(self) -> None:
+        policy = {"caption": "auto", "tags": "pairwise"}
+        assert resolve_policy(None, "caption", 3, policy) == "official"
+        assert resolve_policy("task", "tags", 3, policy) == "pairwise"
+
     @pytest.mark.parametrize(
         ("views", "message"),
         [
-            ("wide", "unknown views 'wide'; use 'task', 'auto', 'official', 'pairwise', 'median' or a list"),
+            ("wide", "unknown views 'wide' .*; use task, auto, official, pairwise, median, or a list"),
+            ("pairwize", r"'pairwize' \(did you mean 'pairwise'\?\)"),
+            ({"captions": "auto"}, r"names the task 'captions' \(did you mean 'caption'\?\); tasks are"),
+            ({"caption": "offical"}, r"'offical' \(did you mean 'official'\?\)"),
+            ({"caption": [0.5]}, "give 2 t's for the context views, not 1"),
+            ({"caption": {"tags": "auto"}}, "list of numbers"),
             ([0.5], "looks at 3 views, so give 2 t's for the context views, not 1"),
             ([0, 0.1, 0.2, 0.3], "not 4"),
             ([0.5, 1.5], "between 0 .* and 1"),

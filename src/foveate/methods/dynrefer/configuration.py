@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,13 +12,20 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 
-from foveate.checkpoints import find_checkpoint, read_config
+from foveate.checkpoints import find_checkpoint, read_config, suggestion
 from foveate.errors import CheckpointError, InputError
 from foveate.language.generation import check_generation
 from foveate.language.pretrained import first_line
 
 CANDIDATE_VIEWS: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(1, 11))
 """The interpolation coefficients that a context view may take (paper section 3.1, spec 2.1)."""
+
+SELECTIONS = ("official", "pairwise", "median")
+"""The searches for views by perceptual hash (spec 4.2)."""
+SEARCH_NAMES = ("auto", *SELECTIONS)
+VIEW_NAMES = ("task", *SEARCH_NAMES)
+"""Names that `views` has in Python, recipes and on the command line; "auto" is "official". A `view_policy` takes all
+but "task", which stands for it."""
 
 
 class DynReferConfig(PreTrainedConfig):
@@ -40,7 +48,8 @@ class DynReferConfig(PreTrainedConfig):
         prompt_loss_weight: factor of the supervised sigmoid loss on attribute and class prompts; 0 (off) in the paper.
         tag_threshold: a tag is reported above this probability (spec 4.1: 0.7).
         attribute_threshold: an attribute is listed above this probability.
-        view_policy: task -> the t's of its n - 1 context views, used by `views="task"` (spec 4.3).
+        view_policy: task -> the t's of its n - 1 context views, or the name of a search; used by `views="task"` (spec
+            4.3). A task that it does not name searches.
         calibration: task -> [scale, bias] fitted on held-out regions: probability = sigmoid(scale * logit + bias), or
             softmax(scale * logits) for "category". Missing tasks use the training logits.
         exact_box_rounding: truncate region boxes inside a view as the official code does (spec 2.1).
@@ -145,6 +154,8 @@ class DynReferConfig(PreTrainedConfig):
             raise ValueError(f"head_size {self.head_size} is not divisible by {self.head_num_attention_heads} heads")
         check_view_policy(self.view_policy)
         for task, coefficients in self.view_policy.items():
+            if isinstance(coefficients, str):
+                continue
             if len(coefficients) not in (self.num_views - 1, self.num_views):
                 raise ValueError(
                     f"view_policy gives {len(coefficients)} t's for {task}, but {self.num_views} views need "
@@ -211,19 +222,52 @@ def check_coefficients(coefficients: Any) -> None:
         )
 
 
-def check_view_policy(policy: dict[str, Any]) -> None:
-    """Whether each key is a task and each value its t's.
+def check_view_names(views: str, names: Sequence[str] = VIEW_NAMES) -> None:
+    """Whether this is one of the names that views have.
 
     Raises:
-        ValueError: it is not; the sentence names the task.
+        ValueError: it is not; the sentence suggests the nearest name.
     """
-    for task, coefficients in policy.items():
+    if views not in names:
+        raise ValueError(
+            f"unknown views {views!r}{suggestion(views, names)}; use {', '.join(names)}, or a list of t's from 0 "
+            "(the region) to 1 (the whole image)"
+        )
+
+
+def check_view_policy(policy: Any, names: Sequence[str] = SEARCH_NAMES) -> None:
+    """Whether this maps tasks to their t's or to one of the names.
+
+    Raises:
+        ValueError: it does not; the sentence names the task.
+    """
+    if not isinstance(policy, Mapping):
+        raise ValueError(f"a mapping of tasks to t's is needed, not {policy!r}")
+    for task, views in policy.items():
         if task not in DEFAULT_VIEW_POLICY:
-            raise ValueError(f"view_policy names the task {task!r}; tasks are {', '.join(DEFAULT_VIEW_POLICY)}")
+            near = suggestion(str(task), DEFAULT_VIEW_POLICY)
+            raise ValueError(f"a view policy names the task {task!r}{near}; tasks are {', '.join(DEFAULT_VIEW_POLICY)}")
         try:
-            check_coefficients(coefficients)
+            if isinstance(views, str):
+                check_view_names(views, names)
+            else:
+                check_coefficients(views)
         except ValueError as error:
             raise ValueError(f"view_policy of {task}: {error}") from None
+
+
+def check_views(views: Any) -> None:
+    """Whether a recipe's `views` are a name, t's, or one of both for each task.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if isinstance(views, str):
+        check_view_names(views)
+    elif isinstance(views, Mapping):
+        check_view_policy(views, VIEW_NAMES)
+    else:
+        check_coefficients(views)
 
 
 def find_dynrefer(name: str | os.PathLike[str]) -> Path:

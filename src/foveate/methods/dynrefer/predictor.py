@@ -7,9 +7,11 @@ the views that suit it.
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ from foveate.vision.proposals import (
 from .configuration import CANDIDATE_VIEWS, find_dynrefer, is_whole
 from .modeling import DynReferModel, group_maximum
 from .processing import CLASS_TEMPLATE, DynReferProcessor, control_text
-from .results import Region, Regions, View
-from .views import build_views, region_from_mask, resolve_policy, search_coefficients
+from .results import Region, Regions, Report, View, ViewChoice
+from .views import ViewSearch, build_views, pixel_boxes, region_from_mask, resolve_policy, search_views
 
 TASKS = ("caption", "tags", "attributes", "category")
 MAX_REGIONS_PER_IMAGE = 100_000
@@ -50,6 +52,8 @@ _ALIASES = {
     "class": "category",
 }
 
+STAGES = ("proposals", "search", "crops", "tower", "fusion", "heads", "captions")
+
 
 @dataclass
 class _Job:
@@ -58,7 +62,44 @@ class _Job:
     image: Image.Image
     boxes: np.ndarray  # (R, 4)
     found: FoundRegions | None  # where the regions were proposed
-    coefficients: list[np.ndarray]  # per group (R, n)
+    coefficients: list[np.ndarray] = field(default_factory=list)  # per group (R, n)
+    searches: list[ViewSearch | None] = field(default_factory=list)  # per group; None where the t's are fixed
+
+
+class _Meter:
+    """Counts and times the work of one call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.crops = self.hashes = 0
+        self.milliseconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self._device = device
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":  # which works behind the program
+            torch.cuda.synchronize(self._device)
+        self.milliseconds[name] += 1000 * (time.perf_counter() - started)
+
+    def report(self, jobs: Sequence[_Job], views: int) -> Report:
+        """What the call cost so far, for so many `views` of each task group."""
+        least = 0
+        for job in jobs:
+            own = {tuple(box) for box in pixel_boxes(job.boxes, *job.image.size).tolist()}
+            least += len(own | {(0, 0, *job.image.size)} if own and views > 1 else own)
+        total = 1000 * (time.perf_counter() - self._started)
+        stages = {**self.milliseconds, "other": total - sum(self.milliseconds.values())}
+        return Report(
+            images=len(jobs),
+            regions=sum(len(job.boxes) for job in jobs),
+            views=sum(len(job.boxes) * len(job.coefficients) * views for job in jobs),
+            crops=self.crops,
+            least_crops=least,
+            hashes=self.hashes,
+            milliseconds=stages,
+        )
 
 
 class DynReferPredictor:
@@ -167,7 +208,8 @@ class DynReferPredictor:
             boxes: xyxy pixels, (R, 4) for one image, a list of such for many. Neither boxes nor masks: the whole image.
             masks: bool H x W masks, or COCO RLE, in the same nesting as boxes; each adds a region.
             tasks: of "caption", "tags", "attributes", "category".
-            views: None or "task" for the model's views per task, "auto" for the search, or a list of t's.
+            views: None or "task" for the model's views per task; "auto" (or "official"), "pairwise" or "median" for a
+                search of each region; a list of t's; or a mapping of tasks to any of these.
             classes: category names to choose from; default the model's own.
             controls: words that the caption should use.
             num_beams: beam width of the captioner; 1 is greedy.
@@ -182,11 +224,12 @@ class DynReferPredictor:
                 proposal score stays; None for both.
             progress: called with (regions done, regions in all).
         Returns:
-            `Regions` for one image, a list of them for a list.
+            `Regions` for one image, a list of them for a list; `report` of any of them is what the call cost.
         Raises:
             InputError: an image, box, mask or option is wrong; the sentence says which.
             CheckpointError: the model gives non-finite numbers.
         """
+        meter = _Meter(self.model.device)
         single = not isinstance(images, list | tuple)
         sources = [images] if single else list(images)
         tasks = self._check_tasks(tasks)
@@ -232,22 +275,25 @@ class DynReferPredictor:
             if propose is None:
                 job_boxes = self._regions_of(image, nested[index], nested[len(sources) + index])
             else:
-                found = find_regions(propose, image, **limits)
+                with meter.stage("proposals"):
+                    found = find_regions(propose, image, **limits)
                 job_boxes = found.boxes
-            coefficients = [self._coefficients(image, job_boxes, policy) for policy, _ in groups]
-            jobs.append(_Job(image, job_boxes, found, coefficients))
+            jobs.append(_Job(image, job_boxes, found))
+        with meter.stage("search"):
+            self._choose_views(jobs, groups, meter)
         total = sum(len(job.boxes) for job in jobs)
         described: list[list[Region]] = [[] for _ in jobs]
         done = 0
         with torch.inference_mode():
             for chunk in self._chunks(jobs, batch_size):
-                for job_index, region in self._describe(jobs, chunk, groups, class_names, controls, num_beams):
+                for job_index, region in self._describe(jobs, chunk, groups, class_names, controls, num_beams, meter):
                     described[job_index].append(region)
                     done += 1
                 if progress is not None:
                     progress(done, total)
+        report = meter.report(jobs, self.model.config.num_views)
         results = [
-            Regions(job.image, _as_found(job, regions, caption_iou))
+            Regions(job.image, _as_found(job, regions, caption_iou), report)
             for job, regions in zip(jobs, described, strict=True)
         ]
         return results[0] if single else results
@@ -367,11 +413,22 @@ class DynReferPredictor:
             boxes.append(region_from_mask(pixels) + np.array([0, 0, 1, 1]))
         return np.array(boxes, dtype=np.float32).reshape(-1, 4)
 
-    def _coefficients(self, image: Image.Image, boxes: np.ndarray, policy: np.ndarray | str) -> np.ndarray:
-        count = self.model.config.num_views - 1
-        if isinstance(policy, str):
-            return search_coefficients(image, boxes, min(count, len(CANDIDATE_VIEWS)), selection=policy)
-        return np.broadcast_to(policy, (len(boxes), len(policy)))
+    def _choose_views(
+        self, jobs: Sequence[_Job], groups: Sequence[tuple[np.ndarray | str, tuple[str, ...]]], meter: _Meter
+    ) -> None:
+        """The t's of every region for each task group; searches run over all images together."""
+        count = min(self.model.config.num_views - 1, len(CANDIDATE_VIEWS))
+        images, boxes = [job.image for job in jobs], [job.boxes for job in jobs]
+        for policy, _ in groups:
+            if isinstance(policy, str):
+                meter.hashes += (1 + len(CANDIDATE_VIEWS)) * sum(map(len, boxes))
+                for job, search in zip(jobs, search_views(images, boxes, count, selection=policy), strict=True):
+                    job.coefficients.append(search.coefficients)
+                    job.searches.append(search)
+            else:
+                for job in jobs:
+                    job.coefficients.append(np.broadcast_to(policy, (len(job.boxes), len(policy))))
+                    job.searches.append(None)
 
     # ---------------------------------------------------------------- the work
 
@@ -401,20 +458,25 @@ class DynReferPredictor:
         classes: tuple[str, ...],
         controls: tuple[str, ...],
         num_beams: int | None,
+        meter: _Meter,
     ) -> Iterator[tuple[int, Region]]:
         config = self.model.config
         n = config.num_views
-        batches = [
-            build_views(
-                jobs[index].image,
-                jobs[index].boxes[rows],
-                np.concatenate([t[rows] for t in jobs[index].coefficients], axis=1),
-                config.image_size,
-                exact=config.exact_box_rounding,
-            )
-            for index, rows in chunk
-        ]
-        tokens = self._encode(np.concatenate([batch.crops for batch in batches]))
+        with meter.stage("crops"):
+            batches = [
+                build_views(
+                    jobs[index].image,
+                    jobs[index].boxes[rows],
+                    np.concatenate([t[rows] for t in jobs[index].coefficients], axis=1),
+                    config.image_size,
+                    exact=config.exact_box_rounding,
+                )
+                for index, rows in chunk
+            ]
+        crops = np.concatenate([batch.crops for batch in batches])
+        meter.crops += len(crops)
+        with meter.stage("tower"):
+            tokens = self._encode(crops)
         offsets = np.cumsum([0, *(len(batch.crops) for batch in batches[:-1])])
         view_index = np.concatenate([batch.view_index + offset for batch, offset in zip(batches, offsets, strict=True)])
         region_boxes = np.concatenate([batch.region_boxes for batch in batches])
@@ -423,13 +485,14 @@ class DynReferPredictor:
             columns = slice(number * n, (number + 1) * n)
             index = torch.from_numpy(view_index[:, columns].copy()).to(tokens.device)
             boxes = torch.from_numpy(region_boxes[:, columns].copy()).to(tokens.device)
-            query_output = self.model.encode_regions(tokens[index.flatten()], boxes)
+            with meter.stage("fusion"):
+                query_output = self.model.encode_regions(tokens[index.flatten()], boxes)
             if not torch.isfinite(query_output).all():
                 raise CheckpointError(
                     f"the region tokens are not finite in {query_output.dtype} on {query_output.device}; load with "
                     "dtype=torch.float32 and check that the checkpoint is intact"
                 )
-            answers |= self._answer(query_output, members, classes, controls, num_beams)
+            answers |= self._answer(query_output, members, classes, controls, num_beams, meter)
         rows_in_chunk = 0
         for (job_index, rows), batch in zip(chunk, batches, strict=True):
             job = jobs[job_index]
@@ -442,6 +505,7 @@ class DynReferPredictor:
                     box=tuple(float(value) for value in job.boxes[row]),  # pyright: ignore[reportArgumentType]
                     score=score,
                     views=self._views(job.image, batch, local, groups),
+                    choices=self._choices(job, row, groups),
                 )
                 yield job_index, replace(region, **fields)
             rows_in_chunk += rows.stop - rows.start
@@ -457,6 +521,19 @@ class DynReferPredictor:
                 served = seen.setdefault((float(batch.coefficients[row, column]), box), [])
                 served.extend(task for task in members if task not in served)
         return tuple(View(t, box, tuple(tasks), image) for (t, box), tasks in sorted(seen.items()))  # pyright: ignore[reportArgumentType]
+
+    @staticmethod
+    def _choices(
+        job: _Job, row: int, groups: Sequence[tuple[np.ndarray | str, tuple[str, ...]]]
+    ) -> tuple[ViewChoice, ...]:
+        choices = []
+        for (policy, members), t, search in zip(groups, job.coefficients, job.searches, strict=True):
+            distances = (
+                {} if search is None else dict(zip(CANDIDATE_VIEWS, search.distances[row].tolist(), strict=True))
+            )
+            selection = policy if isinstance(policy, str) else "fixed"
+            choices.append(ViewChoice(members, tuple(t[row].tolist()), selection, distances))
+        return tuple(choices)
 
     def _encode(self, crops: np.ndarray) -> Tensor:
         """(U, s, s, 3) crops -> (U, 1 + g*g, C) tokens."""
@@ -485,8 +562,20 @@ class DynReferPredictor:
         classes: tuple[str, ...],
         controls: tuple[str, ...],
         num_beams: int | None,
+        meter: _Meter,
     ) -> dict[str, list[dict[str, Any]]]:
         """task -> one dict of `Region` fields per region."""
+        with meter.stage("heads"):
+            out, tag_lists = self._answer_heads(query_output, tasks, classes)
+        if "caption" in tasks:
+            with meter.stage("captions"):
+                out["caption"] = self._answer_caption(query_output, tag_lists, controls, num_beams)
+        return out
+
+    def _answer_heads(
+        self, query_output: Tensor, tasks: tuple[str, ...], classes: tuple[str, ...]
+    ) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, ...]]]:
+        """The answers of the tag and contrast heads, and the tags of each region that steer its caption."""
         model, vocabulary = self.model, self.processor.vocabulary
         count = len(query_output)
         out: dict[str, list[dict[str, Any]]] = {}
@@ -534,18 +623,21 @@ class DynReferPredictor:
                 }
                 for row, raw in zip(scores, logits.cpu().numpy(), strict=True)
             ]
-        if "caption" in tasks:
-            words = [tuple(dict.fromkeys((*controls, *tags))) for tags in tag_lists]
-            ids, mask = self.processor.language_ids([control_text(item) for item in words])
-            settings = {} if num_beams is None else {"num_beams": num_beams}
-            device = query_output.device
-            generated = model.generate(query_output, ids.to(device), mask.to(device), **settings)
-            captions = self.processor.decode(generated.sequences)
-            out["caption"] = [
-                {"caption": caption, "caption_score": float(score)}
-                for caption, score in zip(captions, generated.scores.tolist(), strict=True)
-            ]
-        return out
+        return out, tag_lists
+
+    def _answer_caption(
+        self, query_output: Tensor, tag_lists: list[tuple[str, ...]], controls: tuple[str, ...], num_beams: int | None
+    ) -> list[dict[str, Any]]:
+        words = [tuple(dict.fromkeys((*controls, *tags))) for tags in tag_lists]
+        ids, mask = self.processor.language_ids([control_text(item) for item in words])
+        settings = {} if num_beams is None else {"num_beams": num_beams}
+        device = query_output.device
+        generated = self.model.generate(query_output, ids.to(device), mask.to(device), **settings)
+        captions = self.processor.decode(generated.sequences)
+        return [
+            {"caption": caption, "caption_score": float(score)}
+            for caption, score in zip(captions, generated.scores.tolist(), strict=True)
+        ]
 
     def _probability(self, task: str, logits: Tensor) -> Tensor:
         scale, bias = self.model.config.calibration.get(task, (1.0, 0.0))

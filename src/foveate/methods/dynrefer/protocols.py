@@ -33,7 +33,7 @@ from foveate.data.region_file import annotation_record, read_scored_boxes
 from foveate.data.samples import ImageSample, RegionSample
 from foveate.data.visual_genome import VisualGenome
 from foveate.errors import InputError
-from foveate.files import ResumableLines, atomic_write
+from foveate.files import ResumableLines, atomic_write, file_states
 from foveate.metrics.classification import ovad_map
 from foveate.metrics.detection import DenseCaptionImage, coco_recognition, dense_caption_map, match_dense_captions
 from foveate.metrics.meteor import check_java, meteor_of, score_captions
@@ -293,13 +293,13 @@ def _lines(
     path: Path, settings: ProtocolSettings, model: Path, options: Mapping[str, Any], jobs: list[ImageSample]
 ) -> ResumableLines:
     """The file of predictions, with the finished lines of an interrupted evaluation of the same."""
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in model.iterdir())
     digest = hashlib.sha256()
     for sample in jobs:
         digest.update(repr((sample.image_id, str(sample.path), sample.regions)).encode())
-    key = json.dumps([settings.name, settings.tag_threshold, options, str(model), files, digest.hexdigest()])
-    lines = ResumableLines(path, key=key)
-    return ResumableLines(path, key=key, resume=True) if lines.partial.is_file() else lines
+    key = json.dumps(
+        [settings.name, settings.tag_threshold, options, str(model), file_states(model), digest.hexdigest()]
+    )
+    return ResumableLines.go_on(path, key=key)
 
 
 def _describe(

@@ -41,7 +41,14 @@ from foveate.world.vocabulary import (
     tag_vocabulary,
 )
 
-from .configuration import CANDIDATE_VIEWS, DynReferConfig, check_coefficients, check_view_policy, find_dynrefer
+from .configuration import (
+    CANDIDATE_VIEWS,
+    DynReferConfig,
+    check_coefficients,
+    check_view_policy,
+    check_views,
+    find_dynrefer,
+)
 from .modeling import DynReferModel
 from .predictor import TASKS, DynReferPredictor
 from .processing import CLASS_TEMPLATE, DynReferProcessor, Vocabulary, control_text
@@ -49,7 +56,6 @@ from .protocols import ProtocolSettings, evaluate_protocol
 from .results import Region
 from .view_cache import ViewCache
 from .views import (
-    SELECTIONS,
     boxes_in_views,
     build_views,
     crop_view,
@@ -79,12 +85,6 @@ def _checked(check: Callable[[Any], None], *words: str) -> BeforeValidator:
         return value
 
     return BeforeValidator(validate)
-
-
-def _check_policy(policy: Any) -> None:
-    if not isinstance(policy, dict):
-        raise ValueError(f"a mapping of tasks to t's is needed, not {policy!r}")
-    check_view_policy(policy)
 
 
 class WorldScenes(RecipeSection):
@@ -147,7 +147,7 @@ class ModelSettings(RecipeSection):
     caption_loss_weight: float = Field(1.0, ge=0, le=1e9)
     prompt_loss_weight: float = Field(0.0, ge=0, le=1e9)
     tag_threshold: float = Field(0.7, ge=0, le=1)
-    view_policy: Annotated[dict[str, list[float]] | None, _checked(_check_policy)] = None
+    view_policy: Annotated[dict[str, str | list[float]] | None, _checked(check_view_policy)] = None
     exact_box_rounding: bool = True
     proposer: str | None = Field(None, description="region proposer for describing everything")
     generation: Annotated[dict[str, int | float] | None, _checked(check_generation)] = None
@@ -162,8 +162,8 @@ class EvaluationSettings(RecipeSection):
     protocol: ProtocolSettings | None = Field(
         None, description="a published protocol on its own data, in place of `data`"
     )
-    views: Annotated[str | list[float] | None, _checked(check_coefficients, "task", "auto", *SELECTIONS)] = Field(
-        None, description="null: the model's policy per task; auto; or t's"
+    views: Annotated[str | list[float] | dict[str, str | list[float]] | None, _checked(check_views)] = Field(
+        None, description="null: the model's policy per task; the name of a search; t's; or one of these for each task"
     )
     tasks: tuple[Literal["caption", "tags", "attributes", "category"], ...] = Field(TASKS, min_length=1)
     num_beams: int | None = Field(None, gt=0, le=64)
@@ -619,7 +619,13 @@ def describe_all(
     predictor: DynReferPredictor, data: RegionData, **options: Any
 ) -> tuple[list[RegionSample], list[Region], list[int]]:
     """Run a predictor over the regions of a dataset: their truth, what was said, and their image ids."""
-    dataset, index = open_regions(data)
+    return describe_index(predictor, *open_regions(data), **options)
+
+
+def describe_index(
+    predictor: DynReferPredictor, dataset: SampleDataset, index: list[tuple[int, int]], **options: Any
+) -> tuple[list[RegionSample], list[Region], list[int]]:
+    """`describe_all` of the (image, region) pairs of a dataset that `open_regions` gave."""
     by_image: dict[int, list[int]] = {}
     for image, number in index:
         by_image.setdefault(image, []).append(number)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, overload
 
 import numpy as np
@@ -25,7 +25,7 @@ MAX_SIDE = 16_383
 
 Colour = tuple[int, int, int]
 Corners = tuple[float, float, float, float]
-_GREY: Colour = (90, 90, 90)
+GREY: Colour = (90, 90, 90)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,85 @@ class View:
 
 
 @dataclass(frozen=True)
+class ViewChoice:
+    """Which views some tasks of a region looked through, and why.
+
+    Attributes:
+        tasks: the tasks.
+        coefficients: (n,) t's in the order in which the model takes them, 0 first.
+        selection: "official", "pairwise" or "median" where they were searched, else "fixed".
+        distances: candidate t -> d = (bits in which its hash differs from the region's) / t, where they were searched.
+    """
+
+    tasks: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    selection: str = "fixed"
+    distances: Mapping[float, float] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call cost. Reports of several calls can be added.
+
+    Attributes:
+        images, regions: described.
+        views: (region, task group, view) combinations looked at: what encoding each anew would encode.
+        crops: crops that the tower encoded. Equal crops that run together are encoded once.
+        least_crops: the fewest crops of any choice of views with surroundings in it: every distinct region, and once an
+            image the whole of it as the context of all.
+        hashes: perceptual hashes that searches computed.
+        milliseconds: wall clock by stage: "proposals", "search", "crops" (cut and resized), "tower", "fusion"
+            (RoI-Align to region tokens), "heads" (tags, attributes, category), "captions", "other" (reading images,
+            checks, results).
+    """
+
+    images: int = 0
+    regions: int = 0
+    views: int = 0
+    crops: int = 0
+    least_crops: int = 0
+    hashes: int = 0
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def extra_crops(self) -> int:
+        """Encodes beyond those of the cheapest choice: what the policy or search cost."""
+        return self.crops - self.least_crops
+
+    def __add__(self, other: Report) -> Report:
+        counts = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in ("images", "regions", "views", "crops", "least_crops", "hashes")
+        }
+        stages = dict.fromkeys((*self.milliseconds, *other.milliseconds))
+        return Report(
+            **counts,
+            milliseconds={s: self.milliseconds.get(s, 0.0) + other.milliseconds.get(s, 0.0) for s in stages},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        stages = {stage: round(value, 3) for stage, value in self.milliseconds.items()}
+        return {**asdict(self), "extra_crops": self.extra_crops, "milliseconds": stages}
+
+    def __str__(self) -> str:
+        total = sum(self.milliseconds.values())
+        stages = [
+            f"  {stage:<10}{value:>10.1f} ms  {value / total if total else 0:>4.0%}"
+            for stage, value in self.milliseconds.items()
+        ]
+        return "\n".join(
+            [
+                f"{self.regions} regions of {self.images} images in {total:.1f} ms",
+                f"  {self.crops} crops encoded for {self.views} views; {self.extra_crops} more than the cheapest "
+                f"choice of views ({self.least_crops})",
+                f"  {self.hashes} hashes computed",
+                *stages,
+            ]
+        )
+
+
+@dataclass(frozen=True)
 class Region:
     """A described region. What was not asked for is None or empty; scores are probabilities, logits are not.
 
@@ -63,6 +142,7 @@ class Region:
         score: confidence of the proposal where the region was found by the describer itself.
         mask: COCO run-length encoding of the region where its proposer gives one.
         views: the crops that the model looked at.
+        choices: how they were chosen, for each group of tasks that share theirs.
     """
 
     box: tuple[float, float, float, float]
@@ -79,6 +159,7 @@ class Region:
     score: float | None = None
     mask: dict[str, Any] | None = field(default=None, repr=False)
     views: tuple[View, ...] = field(default=(), repr=False)
+    choices: tuple[ViewChoice, ...] = field(default=(), repr=False)
 
     @property
     def joint_score(self) -> float | None:
@@ -106,15 +187,33 @@ class Region:
         if self.mask is not None:
             out["mask"] = self.mask
         out["views"] = [{"t": view.t, "box": list(view.box), "tasks": list(view.tasks)} for view in self.views]
+        searches = [choice for choice in self.choices if choice.distances]
+        if searches:
+            out["searches"] = [
+                {
+                    "selection": choice.selection,
+                    "tasks": list(choice.tasks),
+                    "t": list(choice.coefficients),
+                    "distances": {f"{t:g}": round(value, 4) for t, value in choice.distances.items()},
+                }
+                for choice in searches
+            ]
         return out
 
 
 class Regions(Sequence[Region]):
-    """The regions of one image, in the order of the given boxes, or by descending score where they were proposed."""
+    """The regions of one image, in the order of the given boxes, or by descending score where they were proposed.
 
-    def __init__(self, image: Image.Image, regions: Sequence[Region]) -> None:
+    Attributes:
+        image: RGB.
+        regions: what was said.
+        report: what the call cost that described them, with all of its images.
+    """
+
+    def __init__(self, image: Image.Image, regions: Sequence[Region], report: Report | None = None) -> None:
         self.image = image
         self.regions = tuple(regions)
+        self.report = report
 
     def __len__(self) -> int:
         return len(self.regions)
@@ -125,7 +224,7 @@ class Regions(Sequence[Region]):
     def __getitem__(self, index: slice) -> Regions: ...
     def __getitem__(self, index: int | slice) -> Region | Regions:
         if isinstance(index, slice):
-            return Regions(self.image, self.regions[index])
+            return Regions(self.image, self.regions[index], self.report)
         return self.regions[index]
 
     def __iter__(self) -> Iterator[Region]:
@@ -207,11 +306,11 @@ class Regions(Sequence[Region]):
             room = column_width - patch - gap - letter // 2 - round(font.getlength(score))
             draw.rectangle((left, top, left + patch, top + round(letter * 1.2)), fill=colours[number])
             draw.text((left + patch // 2, top), str(number + 1), fill="white", font=font, anchor="ma")
-            words = _fit(region.caption or region.category or "region", font, room) + score
+            words = fit_text(region.caption or region.category or "region", font, room) + score
             draw.text((left + patch + letter // 2, top), words, fill="black", font=font)
         if left_out or not self.regions:
-            note = _more(left_out) if left_out else "no region was found"
-            draw.text((gap, height + gap + row * lines), note, fill=_GREY, font=font)
+            note = more_regions(left_out) if left_out else "no region was found"
+            draw.text((gap, height + gap + row * lines), note, fill=GREY, font=font)
         return out
 
     def _legend(self) -> Iterator[list[tuple[Colour, str]]]:
@@ -222,19 +321,34 @@ class Regions(Sequence[Region]):
             score = region.caption_score if region.caption is not None else region.category_score
             lines = [(colour, f"{number + 1}  {head}" + (f"  ({score:.2f})" if score is not None else ""))]
             if region.category is not None and region.caption is not None:
-                lines.append((_GREY, f"     category: {region.category} ({region.category_score:.2f})"))
+                lines.append((GREY, f"     category: {region.category} ({region.category_score:.2f})"))
             if region.attributes:
                 words = ", ".join(f"{name} {region.attribute_scores[name]:.2f}" for name in region.attributes)
-                lines.append((_GREY, f"     attributes: {words}"))
+                lines.append((GREY, f"     attributes: {words}"))
             if region.tags:
-                lines.append((_GREY, f"     tags: {', '.join(region.tags)}"))
+                lines.append((GREY, f"     tags: {', '.join(region.tags)}"))
             yield lines
 
-    def plot_views(self, *, side: int = 128) -> Image.Image:
+    @property
+    def searched(self) -> bool:
+        """Whether views of any region were searched."""
+        return any(choice.distances for region in self.regions for choice in region.choices)
+
+    def plot_views(self, *, side: int = 128, explain: bool = False) -> Image.Image:
         """A row per region: every crop that the model looked at, labelled with its t and tasks.
 
         The first regions are shown where all of them would be higher than 16,383 pixels.
+
+        Args:
+            side: pixels of a crop in the picture.
+            explain: show instead, for each region and group of tasks, the nested views in the image and every candidate
+                with its hash distance, the chosen ones framed: see `explain_views`. Views that were not searched are
+                shown with the distances that the official search would have seen.
         """
+        if explain:
+            from .explanation import explain_views  # which draws what this module defines
+
+            return explain_views(self.image, self.regions, side=side)
         font = ImageFont.load_default(12)
         gap, head = 8, 34
         shown = self.regions[: (MAX_SIDE - gap - head) // (side + head + gap)]
@@ -245,13 +359,13 @@ class Regions(Sequence[Region]):
         picture = Image.new("RGB", size, "white")
         draw = ImageDraw.Draw(picture)
         if left_out:
-            draw.text((gap, height), _more(left_out), fill=_GREY, font=font)
+            draw.text((gap, height), more_regions(left_out), fill=GREY, font=font)
         for row, region in enumerate(shown):
             top = gap + row * (side + head + gap)
             for column, view in enumerate(region.views):
                 left = gap + column * (side + gap)
                 draw.text((left, top), f"{row + 1}: t = {view.t:g}", fill=PALETTE[row % len(PALETTE)], font=font)
-                draw.text((left, top + 15), _fit(", ".join(view.tasks), font, side), fill=_GREY, font=font)
+                draw.text((left, top + 15), fit_text(", ".join(view.tasks), font, side), fill=GREY, font=font)
                 picture.paste(view.image.resize((side, side)), (left, top + head))
         return picture
 
@@ -298,7 +412,7 @@ def _label_place(box: Corners, size: tuple[int, int], room: tuple[int, int], tak
     return best
 
 
-def _fit(text: str, font: Any, width: int) -> str:
+def fit_text(text: str, font: Any, width: int) -> str:
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip(" ,…") + "…" if len(text) > 2 else ""
     return text
@@ -315,7 +429,7 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def _more(count: int) -> str:
+def more_regions(count: int) -> str:
     return f"and {count} more region{'s' * (count != 1)}"
 
 
@@ -328,7 +442,7 @@ def _beside(picture: Image.Image, legend: list[list[tuple[Colour, str]]], font: 
         wrapped = [(colour, line) for colour, text in entry for line in _wrap(text, font, width - 24)]
         # One line is kept for saying that there is more.
         if height * (len(lines) + len(wrapped) + 1) + 24 > MAX_SIDE:
-            lines.append((_GREY, _more(len(legend) - number)))
+            lines.append((GREY, more_regions(len(legend) - number)))
             break
         lines += wrapped
     out = Image.new("RGB", (picture.width + width, max(picture.height, height * len(lines) + 24)), "white")

@@ -5,7 +5,7 @@ t = 0 is the region itself, t = 1 the whole image. Boxes are xyxy pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 from foveate.errors import InputError
 from foveate.ops.phash import dct_block, hamming, perceptual_hash, to_grey
 
-from .configuration import CANDIDATE_VIEWS
+from .configuration import CANDIDATE_VIEWS, SELECTIONS, check_view_names, check_view_policy
 
-SELECTIONS = ("official", "pairwise", "median")
+# Images that are hashed together are padded to one size; so many pixels of float64 are 32 MB.
+_PADDED_PIXELS = 2**22
+_IMAGES_TOGETHER = 16
 
 
 def interpolate_boxes(boxes: np.ndarray, coefficients: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -164,9 +166,29 @@ def sample_coefficients(count: int, generator: np.random.Generator) -> np.ndarra
     return np.array([0.0, *(CANDIDATE_VIEWS[k] for k in chosen)])
 
 
+@dataclass(frozen=True)
+class ViewSearch:
+    """What a search chose for the regions of one image, and by what.
+
+    Attributes:
+        coefficients: (R, 1 + count), t = 0 first, in the order of the search.
+        distances: (R, 10) d_j = hamming(h(0), h(t_j)) / t_j of every candidate.
+    """
+
+    coefficients: np.ndarray
+    distances: np.ndarray
+
+
 def search_coefficients(
     image: Image.Image | np.ndarray, boxes: np.ndarray, count: int, *, selection: str = "official"
 ) -> np.ndarray:
+    """`search_views` of one image: its (R, 1 + count) coefficients."""
+    return search_views([image], [boxes], count, selection=selection)[0].coefficients
+
+
+def search_views(
+    images: Sequence[Image.Image | np.ndarray], boxes: Sequence[np.ndarray], count: int, *, selection: str = "official"
+) -> list[ViewSearch]:
     """The image prior: t's whose crops look most unlike the region, by perceptual hash (paper 3.4, spec 4.2).
 
     "official": the `count` largest d_j = hamming(h(0), h(t_j)) / t_j, first on ties, a chosen d set to 0.
@@ -174,45 +196,108 @@ def search_coefficients(
     "median": as "official" with bits set above the median of the coefficients without DC.
 
     Args:
-        image: RGB.
-        boxes: (R, 4) xyxy.
+        images: RGB, of any sizes. Many together get the same answers as one by one.
+        boxes: (R, 4) xyxy of each image.
         count: n - 1, number of context views.
-    Returns:
-        (R, 1 + count) with t = 0 first, in the order of the search.
+
+    Raises:
+        InputError: there is no such selection.
     """
-    if selection not in SELECTIONS:
-        raise InputError(f"unknown view selection {selection!r}; use one of {', '.join(SELECTIONS)}")
-    pixels = torch.from_numpy(np.array(image.convert("RGB") if isinstance(image, Image.Image) else image))
-    height, width = pixels.shape[:2]
-    t = np.array([0.0, *CANDIDATE_VIEWS])
-    regions = len(boxes)
-    if not regions:
-        return np.zeros((0, 1 + count))
-    candidates = pixel_boxes(interpolate_boxes(boxes, t, width, height), width, height)
-    grey, crops = to_grey(pixels), torch.from_numpy(candidates).reshape(-1, 4)
-    bits = _median_hash(grey, crops) if selection == "median" else perceptual_hash(grey, crops)
-    bits = bits.reshape(regions, len(t), -1)
-    distances = hamming(bits[:, :, None], bits[:, None, :]).double()  # (R, 11, 11)
-    scores = distances[:, 0, 1:] / torch.tensor(CANDIDATE_VIEWS, dtype=torch.float64)
-    chosen: list[Tensor] = []
-    rows = torch.arange(regions)
-    taken = torch.zeros(regions, len(CANDIDATE_VIEWS), dtype=torch.bool)
-    for _ in range(count):
+    distances = hash_distances(images, boxes, (0.0, *CANDIDATE_VIEWS), selection=selection)
+    together = torch.cat([torch.zeros(0, 11, 11), *distances]).double()  # (all regions, 11, 11)
+    t = torch.tensor(CANDIDATE_VIEWS, dtype=torch.float64)
+    first = scores = together[:, 0, 1:] / t
+    rows = torch.arange(len(together))
+    taken = torch.zeros(len(together), len(CANDIDATE_VIEWS), dtype=torch.bool)
+    coefficients = torch.zeros(len(together), 1 + count, dtype=torch.float64)
+    for place in range(1, 1 + count):
         best = _first_maximum(scores.masked_fill(taken, -1.0) if selection == "pairwise" else scores)
-        chosen.append(best)
+        coefficients[:, place] = t[best]
         taken[rows, best] = True
         if selection == "pairwise":
-            scores = scores + distances[rows, best + 1, 1:] / torch.tensor(CANDIDATE_VIEWS, dtype=torch.float64)
+            scores = scores + together[rows, best + 1, 1:] / t
         else:
             scores = scores.clone()
             scores[rows, best] = 0
-    picked = t[1:][torch.stack(chosen, dim=1).numpy()] if chosen else np.zeros((regions, 0))
-    return np.concatenate([np.zeros((regions, 1)), picked], axis=1)
+    counts = [len(own) for own in boxes]
+    return [
+        ViewSearch(chosen.numpy(), own.numpy())
+        for chosen, own in zip(coefficients.split(counts), first.split(counts), strict=True)
+    ]
+
+
+def hash_distances(
+    images: Sequence[Image.Image | np.ndarray],
+    boxes: Sequence[np.ndarray],
+    coefficients: Sequence[float],
+    *,
+    selection: str = "official",
+) -> list[Tensor]:
+    """Bits in which the perceptual hashes of a region's crops differ, of all pairs of T coefficients (spec 4.2).
+
+    Args:
+        images: RGB, of any sizes.
+        boxes: (R, 4) xyxy of each image.
+        coefficients: (T,) values of t.
+        selection: "median" has a hash of its own.
+
+    Returns:
+        (R, T, T) int64 for each image.
+
+    Raises:
+        InputError: there is no such selection.
+    """
+    if selection not in SELECTIONS:
+        raise InputError(f"unknown view selection {selection!r}; use one of {', '.join(SELECTIONS)}")
+    t, many = np.array(coefficients, dtype=np.float64), len(coefficients)
+    greys = [to_grey(torch.from_numpy(np.array(image))) for image in map(_as_rgb, images)]
+    crops = []
+    for grey, own in zip(greys, boxes, strict=True):
+        height, width = grey.shape
+        own = np.asarray(own, dtype=np.float32).reshape(-1, 4)
+        crops.append(pixel_boxes(interpolate_boxes(own, t, width, height), width, height).reshape(-1, 4))
+    distances = [torch.zeros(0, many, many, dtype=torch.long)] * len(greys)
+    for members in _hashed_together([grey.shape for grey in greys], [len(own) for own in crops]):
+        size = [max(greys[k].shape[axis] for k in members) for axis in range(2)]
+        padded = torch.zeros(len(members), *size, dtype=torch.uint8)
+        filled = np.zeros((len(members), max(len(crops[k]) for k in members), 4), np.int64)
+        filled[..., 2:] = 1  # what pads the shorter lists is a box too
+        for row, k in enumerate(members):
+            padded[row, : greys[k].shape[0], : greys[k].shape[1]] = greys[k]
+            filled[row, : len(crops[k])] = crops[k]
+        bits = (_median_hash if selection == "median" else perceptual_hash)(padded, torch.from_numpy(filled))
+        for row, k in enumerate(members):
+            own = bits[row, : len(crops[k])].reshape(-1, many, bits.shape[-1])
+            distances[k] = hamming(own[:, :, None], own[:, None, :])
+    return distances
+
+
+def _as_rgb(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+    return image.convert("RGB") if isinstance(image, Image.Image) else image
+
+
+def _hashed_together(sizes: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[list[int]]:
+    """Images of like size with about as many boxes: padding at most doubles the pixels, and the boxes."""
+    group: list[int] = []
+    for k in sorted((k for k, count in enumerate(counts) if count), key=lambda k: (-counts[k], *sizes[k])):
+        members = [*group, k]
+        height, width = (max(sizes[j][axis] for j in members) for axis in range(2))
+        pixels = len(members) * height * width
+        fits = len(members) <= _IMAGES_TOGETHER and pixels <= _PADDED_PIXELS
+        fits = fits and pixels <= 2 * sum(sizes[j][0] * sizes[j][1] for j in members)
+        fits = fits and len(members) * counts[members[0]] <= 2 * sum(counts[j] for j in members)
+        if group and not fits:
+            yield group
+            members = [k]
+        group = members
+    if group:
+        yield group
 
 
 def _median_hash(grey: Tensor, boxes: Tensor) -> Tensor:
-    """Hash bits against the median of the coefficients without the constant one -> (B, 64) bool."""
-    coefficients = dct_block(grey, boxes).flatten(-2)
+    """Hash bits against the median of the coefficients without the constant one -> (..., 64) bool."""
+    # In a flat crop all but the constant one are rounding errors; their signs would be a hash of nothing.
+    coefficients = dct_block(grey, boxes).flatten(-2).round(decimals=6)
     return coefficients > coefficients[..., 1:].median(dim=-1, keepdim=True).values
 
 
@@ -221,26 +306,30 @@ def _first_maximum(scores: Tensor) -> Tensor:
     return (scores == scores.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
 
 
-def resolve_policy(views: Any, task: str, num_views: int, policy: Mapping[str, Sequence[float]]) -> np.ndarray | str:
+def resolve_policy(
+    views: Any, task: str, num_views: int, policy: Mapping[str, str | Sequence[float]]
+) -> np.ndarray | str:
     """What a caller's `views` means for one task: an array of t's (n,), or the name of a search.
 
     Args:
-        views: None or "task" (the model's own policy), "auto" (the search), a name in `SELECTIONS`, or a list of t's
-            with or without the leading 0.
+        views: None or "task" (the model's own policy); "auto" or "official", "pairwise", "median" (a search); a list of
+            t's with or without the leading 0; or a mapping of tasks to these, in which a missing task has the model's.
+        policy: the model's own; a task that it does not name searches.
+
     Raises:
-        InputError: a t outside [0, 1], a wrong number of them, an unknown name.
+        InputError: a t outside [0, 1], a wrong number of them, an unknown name or task.
     """
-    if views is None or (isinstance(views, str) and views == "task"):
-        views = policy.get(task)
-        if views is None:
-            return "official"
-    if isinstance(views, str):
-        name = "official" if views == "auto" else views
-        if name not in SELECTIONS:
-            raise InputError(
-                f"unknown views {views!r}; use 'task', 'auto', {', '.join(map(repr, SELECTIONS))} or a list of t's"
-            )
-        return name
+    try:
+        if isinstance(views, Mapping):
+            check_view_policy(dict.fromkeys(views, "auto"))  # the tasks; their views are checked below
+            views = views.get(task)
+        if views is None or (isinstance(views, str) and views == "task"):
+            views = policy.get(task, "official")
+        if isinstance(views, str):
+            check_view_names(views)
+            return "official" if views == "auto" else views
+    except ValueError as error:
+        raise InputError(str(error)) from None
     try:
         t = np.asarray(views, dtype=np.float64).reshape(-1)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: a tensor without plain values

@@ -1,0 +1,40 @@
+"""`foveate tune-views`: which views suit each task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import Debug, hide_weight_bars, progress_bar
+from foveate.cli.tables import print_tuning
+
+
+def tune_views(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe whose evaluation.data is the labelled split to tune on.")],
+    model: Annotated[str, typer.Option("--model", help="Folder of the model, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as evaluation.data.split=val.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="New folder for a copy of the model that uses the best views.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure which views suit each task: sweep t of the context views on a labelled split.
+
+    Prints a table for each task and writes views.json, the curves views.png, and with --save a copy of the model. The
+    figures are those of the split that was tuned on; measure the copy on another one.
+    """
+    from foveate.methods.dynrefer.tuning import tune_views as run
+
+    hide_weight_bars()
+    with progress_bar("settings") as progress:
+        result = run(recipe, model, overrides or [], out=out, save=save, progress=progress)
+    print_tuning(result)
+    if save is not None:
+        print(f"model: {save}")
