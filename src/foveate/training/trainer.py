@@ -433,6 +433,9 @@ class _Trainer(Trainer):
             state = safetensors.torch.load_file(path, device="cpu")
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); {_without(path.parent)}.") from None
+        if not self.task.save_frozen:  # earlier versions saved a shared one under its second name
+            frozen = _frozen(model)
+            state = {name: tensor for name, tensor in state.items() if name not in frozen}
         expected = _state_to_save(model, self.task.save_frozen)
         wrong = sorted(set(state) ^ set(expected)) or [
             name for name, tensor in state.items() if tensor.shape != expected[name].shape
@@ -588,11 +591,16 @@ def _count_steps(task: TrainingTask, settings: TrainingSettings, processes: int)
     return per_epoch, min(ends)
 
 
+def _frozen(model: nn.Module) -> set[str]:
+    """Names of frozen parameters, all of those that share one."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 def _state_to_save(
     model: nn.Module, save_frozen: bool, state: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """The state dict with each shared tensor once, and without frozen parameters if so wished."""
-    frozen = set() if save_frozen else {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = set() if save_frozen else _frozen(model)
     kept: dict[str, torch.Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in (model.state_dict() if state is None else state).items():

@@ -164,7 +164,7 @@ class ModelSettings(RecipeSection):
     )
     init_from: str | None = Field(None, description="start from this DynRefer checkpoint instead of fresh modules")
     qformer_from: str | None = Field(
-        None, description="BLIP-2 checkpoint whose Q-Former, query tokens and projection a fresh model starts from"
+        None, description="BLIP-2 checkpoint whose Q-Former (its sizes too), query tokens and projection to start from"
     )
     frozen_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen parts in training")
     num_views: int = Field(3, ge=1, le=11)
@@ -197,6 +197,9 @@ class ModelSettings(RecipeSection):
     def _one_start(self) -> ModelSettings:
         if self.init_from is not None and self.qformer_from is not None:
             raise ValueError("init_from brings a Q-Former; give either it or qformer_from")
+        sizes = self.model_fields_set & {"qformer_width", "qformer_layers", "qformer_heads"}
+        if self.qformer_from is not None and sizes:
+            raise ValueError(f"qformer_from brings the sizes of the Q-Former; remove {sorted(sizes)[0]}")
         return self
 
 
@@ -632,14 +635,7 @@ def build_model(settings: ModelSettings) -> DynReferModel:
         config = DynReferConfig(
             vision_config=getattr(vision_config, "vision_config", vision_config).to_dict(),
             text_config=text.to_dict(),
-            qformer_config={
-                "hidden_size": settings.qformer_width,
-                "num_hidden_layers": settings.qformer_layers,
-                "num_attention_heads": settings.qformer_heads,
-                "intermediate_size": 4 * settings.qformer_width,
-                "hidden_dropout_prob": settings.qformer_dropout,
-                "attention_probs_dropout_prob": settings.qformer_dropout,
-            },
+            qformer_config=_qformer_config(settings),
             # Where the parts lay on the machine that trained is nobody's business; `base_models` has their names.
             language_config=language_config.to_dict() | {"_name_or_path": ""},
             **chosen,
@@ -651,6 +647,23 @@ def build_model(settings: ModelSettings) -> DynReferModel:
         raise _unfit(error) from None
     model.cast_frozen(dtype).load_base_models(dtype=dtype)
     return model if settings.qformer_from is None else initialise_from_blip2(model, settings.qformer_from)
+
+
+def _qformer_config(settings: ModelSettings) -> dict[str, Any]:
+    dropout = {
+        "hidden_dropout_prob": settings.qformer_dropout,
+        "attention_probs_dropout_prob": settings.qformer_dropout,
+    }
+    if settings.qformer_from is not None:
+        blip2 = load_config(find_checkpoint(settings.qformer_from))
+        if hasattr(blip2, "qformer_config"):  # else `initialise_from_blip2` says what it is
+            return blip2.qformer_config.to_dict() | dropout | {"use_qformer_text_input": False}
+    return dropout | {
+        "hidden_size": settings.qformer_width,
+        "num_hidden_layers": settings.qformer_layers,
+        "num_attention_heads": settings.qformer_heads,
+        "intermediate_size": 4 * settings.qformer_width,
+    }
 
 
 def _unfit(error: Exception) -> RecipeError:
