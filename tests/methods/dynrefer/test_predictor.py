@@ -186,14 +186,18 @@ class TestAnswers:
         self, tiny_model: DynReferModel, processor: DynReferProcessor, photo: Image.Image
     ) -> None:
         model: Any = copy.deepcopy(tiny_model)
-        raw = DynReferPredictor(model, processor)(photo, boxes=BOXES[:1], tasks="tags")[0].tag_scores
+
+        def described(threshold: Any) -> Any:
+            model.config.tag_threshold = threshold
+            regions: Any = DynReferPredictor(model, processor)(photo, boxes=BOXES[:1], tasks="tags")
+            return regions[0]
+
+        raw = described(0.5).tag_scores
         low, high = min(raw, key=raw.__getitem__), max(raw, key=raw.__getitem__)
-        model.config.tag_threshold = {"*": 1.0, low: 0.0}
-        described = DynReferPredictor(model, processor)(photo, boxes=BOXES[:1], tasks="tags")[0]
-        assert described.tags == (low,)
-        assert described.tag_scores == raw
-        model.config.tag_threshold = {tag: 1.0 for tag in raw if tag != high} | {high: raw[high] - 1e-3}
-        assert DynReferPredictor(model, processor)(photo, boxes=BOXES[:1], tasks="tags")[0].tags == (high,)
+        assert described({"*": 1.0, low: 0.0}).tags == (low,)
+        assert described({"*": 1.0, low: 0.0}).tag_scores == raw
+        assert described({tag: 1.0 for tag in raw if tag != high} | {high: raw[high] - 1e-3}).tags == (high,)
+        assert described({low: 1.0}).tags == described(0.7).tags  # the others keep the default
 
     def test_calibration_changes_probabilities_and_no_order(
         self, tiny_model: DynReferModel, processor: DynReferProcessor, predictor: DynReferPredictor, photo: Image.Image
