@@ -21,7 +21,7 @@ from foveate.checkpoints import find_checkpoint
 from foveate.data.region_file import annotation_record
 from foveate.language.lm import load_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROGRAM = Path(__file__).with_name("train_in_processes.py")
 NOUNS = ("car", "dog", "cat", "clock", "chair", "table", "tree", "house", "cup", "bus")
