@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from foveate.data import open_dataset
 from foveate.data.records import RecordLog
-from foveate.data.region_file import annotation_record, read_scored_boxes
+from foveate.data.region_file import RegionFile, annotation_record, read_scored_boxes
 from foveate.errors import InputError
 
 SIZES = {1: (64, 48), 2: (64, 48), 3: (64, 48)}
@@ -60,3 +61,39 @@ def test_broken_records(tmp_path: Path, broken: Any, named: str) -> None:
 def test_a_file_of_other_images(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no box of the images to evaluate"):
         read_scored_boxes(write(tmp_path, [record(1, 77, (0, 0, 9, 9))]), SIZES, RecordLog(False))
+
+
+class TestPreparedTrainingData:
+    @staticmethod
+    def write(root: Path, annotations: list[Any]) -> None:
+        images = [{"id": 7, "file_name": "a.jpg", "width": 64, "height": 48}]
+        (root / "train.json").write_text(json.dumps({"dataset": {}, "images": images, "annotations": annotations}))
+
+    @staticmethod
+    def parsed(number: int, one: Any, two: Any, caption: str = "A Dog.") -> dict[str, Any]:
+        extra = {"parser_result": {"graph": {}, "tag_set1": one, "tag_set2": two}}
+        return annotation_record(number, 7, (1, 2, 30, 40), caption, extra)
+
+    def test_captions_boxes_and_the_tags_that_the_parser_found(self, tmp_path: Path) -> None:
+        bare = annotation_record(2, 7, (0, 0, 5, 5), "a cat", {})
+        self.write(tmp_path, [self.parsed(1, [9, 4], [4, 2]), bare, self.parsed(3, [], [], " ")])
+        dataset = open_dataset("controlcap", tmp_path, "train")
+        assert isinstance(dataset, RegionFile)
+        first, second = dataset[0].regions
+        assert dataset[0].path == tmp_path / "images/a.jpg"
+        assert (first.box, first.captions, first.tag_places) == ((1, 2, 30, 40), ("a dog",), (2, 4, 9))
+        assert (second.captions, second.tag_places) == (("a cat",), None)
+        assert dataset.dropped == {"empty caption": 1}
+
+    @pytest.mark.parametrize(("one", "two"), [([-1], []), ([1.5], []), ([], ["dog"]), ({}, []), ([True], [])])
+    def test_tag_sets_that_are_none(self, tmp_path: Path, one: Any, two: Any) -> None:
+        self.write(tmp_path, [self.parsed(1, one, two), self.parsed(2, [3], [])])
+        with pytest.raises(InputError, match=r'train.json: annotation 1: "tag_set1"'):
+            open_dataset("controlcap", tmp_path, "train")
+        dataset = open_dataset("controlcap", tmp_path, "train", skip_bad=True)
+        assert [region.region_id for region in dataset[0].regions] == [2]
+
+    def test_a_split_that_is_not_there(self, tmp_path: Path) -> None:
+        self.write(tmp_path, [])
+        with pytest.raises(InputError, match="the splits there are train"):
+            open_dataset("controlcap", tmp_path, "test")

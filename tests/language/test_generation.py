@@ -226,3 +226,29 @@ def test_finite_logits_allows_forbidden_tokens(captioner: Any) -> None:
     for row in ([0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf], [-torch.inf, torch.nan]):
         with pytest.raises(CheckpointError, match="non-finite"):
             check(ids, torch.tensor([[0.0, 0.0], row]))
+
+
+def test_a_t5_that_overflows_in_fp16_is_an_error_there_and_a_caption_in_bf16() -> None:
+    """The best-known failure of the original code: captions "ssss" with score nan (DynRefer spec section 8)."""
+    sizes: dict[str, Any] = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    sizes |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+    config = T5Config(**sizes)
+    torch.manual_seed(0)
+    model: Any = T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        # One factor of the gated layers outgrows 65504, the largest number of float16, where the other is 0.
+        for block in (*model.encoder.block, *model.decoder.block):
+            block.layer[-1].DenseReluDense.wi_0.weight.mul_(100)
+            block.layer[-1].DenseReluDense.wi_1.weight.fill_(1e4)
+    inputs: dict[str, Any] = {
+        "inputs_embeds": torch.ones(2, 3, 32),
+        "attention_mask": torch.ones(2, 3, dtype=torch.long),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        output = generate_finite(
+            model.to(dtype), **{**inputs, "inputs_embeds": inputs["inputs_embeds"].to(dtype)}, max_new_tokens=4
+        )
+        assert output.scores.isfinite().all()
+    half: dict[str, Any] = {**inputs, "inputs_embeds": inputs["inputs_embeds"].half()}
+    with pytest.raises(CheckpointError, match=r"non-finite logits \(T5\w+ in float16 on cpu\); load it in bf16"):
+        generate_finite(model.half(), **half, max_new_tokens=4)

@@ -4,12 +4,18 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from foveate.errors import InputError
-from foveate.metrics.calibration import PlattScaling, expected_calibration_error, fit_platt, reliability_bins
+from foveate.metrics.calibration import (
+    PlattScaling,
+    best_f1_threshold,
+    expected_calibration_error,
+    fit_platt,
+    reliability_bins,
+)
 
 
 def sigmoid(x):
@@ -156,3 +162,38 @@ def test_bad_confidences_are_refused():
         reliability_bins([0.5], [1], bins=0)
     with pytest.raises(InputError, match="equal length"):
         expected_calibration_error([[0.5, 0.2], [0.1]], [1, 0])
+
+
+def test_best_f1_threshold_by_hand():
+    # Of the cuts after 1, 2, 3, 4, 5 scores: F1 = 2/4, 2/5, 4/6, 6/7, 6/8.
+    found = best_f1_threshold([0.9, 0.8, 0.6, 0.5, 0.1], [1, 0, 1, 1, 0])
+    assert found.threshold == pytest.approx(0.3)
+    assert found.f1 == pytest.approx(6 / 7)
+    # Equal scores are on one side together, and what is unknown does not count.
+    assert best_f1_threshold([0.7, 0.7, 0.2, 0.9], [1, 0, 0, -1]).threshold == pytest.approx(0.45)
+    assert best_f1_threshold([0.4], [1]).threshold == pytest.approx(0.2)
+    # Two cuts with F1 of 2/3: the higher one.
+    assert best_f1_threshold([0.9, 0.5, 0.3, 0.1], [1, 0, 0, 1]).threshold == pytest.approx(0.7)
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=12))
+def test_no_other_threshold_has_a_better_f1(pairs):
+    scores, labels = np.array([s / 8 for s, _ in pairs]), np.array([int(label) for _, label in pairs])
+    assume(labels.any() and (scores[labels == 1] > 0).any())
+
+    def f1(threshold):
+        said = scores > threshold
+        return 2 * (said & (labels == 1)).sum() / (said.sum() + labels.sum())
+
+    best = best_f1_threshold(scores, labels)
+    assert best.f1 == pytest.approx(f1(best.threshold))
+    assert all(f1(threshold) <= best.f1 + 1e-12 for threshold in np.linspace(0, 1, 33))
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [([0.5], [0], "no label is 1"), ([1.5], [1], "probabilities in"), ([0.5], [2], "2")],
+)
+def test_bad_scores_for_a_threshold(scores, labels, message):
+    with pytest.raises(InputError, match=message):
+        best_f1_threshold(scores, labels)

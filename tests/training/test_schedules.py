@@ -34,3 +34,10 @@ def test_warm_up_comes_first_and_the_decay_spans_the_rest():
 
 def test_a_warm_up_longer_than_the_run_is_defined():
     assert factors(2, schedule="cosine", warmup_steps=4) == pytest.approx([0.25, 0.5])
+
+
+def test_a_warm_up_that_is_configured_without_effect():
+    """As in DynRefer's published training."""
+    settings = {"schedule": "cosine_per_epoch", "warmup_steps": 3}
+    assert factors(20, 4, true_warmup=False, **settings) == factors(20, 4, schedule="cosine_per_epoch")
+    assert factors(20, 4, **settings)[:5] == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.904508], abs=1e-6)

@@ -19,8 +19,9 @@ FORMATS: dict[str, tuple[str, str]] = {
     "refcocog": ("foveate.data.refcocog", "RefCOCOg"),
     "coco": ("foveate.data.coco", "COCO"),
 }
-# Formats of benchmarks: read for evaluation only, and not written by `foveate world`.
+# Formats that `foveate world` does not write: prepared training data, and benchmarks, which are for evaluation only.
 BENCHMARKS: dict[str, tuple[str, str]] = {
+    "controlcap": ("foveate.data.region_file", "RegionFile"),
     "vg-captions": ("foveate.data.refcocog", "VisualGenomeCaptions"),
     "ovad": ("foveate.data.ovad", "OVAD"),
 }
@@ -43,7 +44,7 @@ def open_dataset(format: str, root: Path | str, split: str, *, skip_bad: bool = 
     """Opens one split of a dataset, downloaded or exported by `foveate world scenes`.
 
     Args:
-        format: "visual-genome", "refcocog" or "coco"; or a benchmark's, "vg-captions" or "ovad".
+        format: "visual-genome", "refcocog" or "coco"; "controlcap"; or a benchmark's, "vg-captions" or "ovad".
         root: folder that holds the format's files, laid out as docs/datasets.md says.
         split: as the format calls it: "train", "val", "test", "val_captions", "val2017", ...
         skip_bad: leave broken records out, count them in the dataset's `skipped` and log one line, instead of raising.

@@ -28,6 +28,7 @@ class RegionRecord(NamedTuple):
     segmentation: Any = None
     score: float | None = None
     crowd: bool = False
+    tag_places: tuple[int, ...] | None = None
 
 
 class ImageRecord(NamedTuple):
@@ -125,4 +126,5 @@ def _region(record: RegionRecord, width: int, height: int) -> RegionSample:
         mask=None if record.segmentation is None else segmentation_to_rle(record.segmentation, width, height),
         score=record.score,
         crowd=record.crowd,
+        tag_places=record.tag_places,
     )

@@ -8,15 +8,60 @@ segmentation, extra_info}]}` (DynRefer spec section 3). Unlike in COCO's files, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from foveate.data.boxes import Box, is_empty, xyxy_to_xywh
-from foveate.data.coco import annotation_box, top_level_list
-from foveate.data.dataset import RegionRecord
-from foveate.data.records import BadRecord, RecordLog, get, get_id, get_number, name_of, read_json
+from foveate.data.coco import annotation_box, read_images, top_level_list
+from foveate.data.dataset import ImageRecord, RegionRecord, SampleDataset
+from foveate.data.records import BadRecord, RecordLog, get, get_id, get_list, get_number, get_text, name_of, read_json
+from foveate.data.text import clean_caption
 from foveate.errors import InputError
+
+
+class RegionFile(SampleDataset):
+    """Training data as ControlCap prepares it for itself and DynRefer: one file of regions with parsed captions.
+
+    A region has one caption, and as `tag_places` the union of `extra_info.parser_result.tag_set1` and `tag_set2` where
+    the file has them: places in the tag list that its captions were parsed with (DynRefer spec section 3).
+
+    Args:
+        root: folder with `SPLIT.json` and the images in `images/`.
+        split: name of the file without its ending.
+        skip_bad: count broken records in `skipped` instead of raising.
+
+    Raises:
+        InputError: a file is missing or damaged, or a record is broken and `skip_bad` is off.
+    """
+
+    format = "controlcap"
+
+    def _read(self, log: RecordLog) -> Iterator[ImageRecord]:
+        path = self.root / f"{self.split}.json"
+        if not path.is_file():
+            known = ", ".join(sorted(found.stem for found in self.root.glob("*.json")))
+            raise InputError(f"{path} does not exist; {f'the splits there are {known}' if known else 'put it there'}.")
+        content = read_json(path, dict)
+        images = read_images(path, content, log)
+        regions: dict[int, list[RegionRecord]] = {image_id: [] for image_id in images}
+        for annotation in top_level_list(path, content, "annotations"):
+            try:
+                image_id = get_id(annotation, "image_id")
+                if image_id not in images:
+                    raise BadRecord('"image_id" is the id of no image', image_id)
+                _, width, height = images[image_id]
+                box = annotation_box({"bbox": list(xyxy_to_xywh(_box(annotation)))}, width, height)
+                caption = clean_caption(get_text(annotation, "caption"))
+                if is_empty(box) or not caption:
+                    log.dropped["empty box" if is_empty(box) else "empty caption"] += 1
+                    continue
+                places = _tag_places(annotation)
+                regions[image_id].append(RegionRecord(get_id(annotation, "id"), box, (caption,), tag_places=places))
+            except BadRecord as error:
+                log.bad(path, f"annotation {name_of(annotation, 'id')}", error)
+        for image_id, (name, width, height) in images.items():
+            yield ImageRecord(image_id, f"images/{name}", width, height, tuple(regions[image_id]))
 
 
 def read_scored_boxes(
@@ -67,6 +112,17 @@ def annotation_record(
         "segmentation": [[x1, y1, x1, y2, x2, y2, x2, y1]],
         "extra_info": dict(extra_info),
     }
+
+
+def _tag_places(annotation: Any) -> tuple[int, ...] | None:
+    extra = annotation.get("extra_info")
+    if not isinstance(extra, dict) or "parser_result" not in extra:
+        return None
+    parsed = extra["parser_result"]
+    places = [*get_list(parsed, "tag_set1"), *get_list(parsed, "tag_set2")]
+    if not all(type(place) is int and place >= 0 for place in places):
+        raise BadRecord('"tag_set1" and "tag_set2" are not lists of places in the tag list', places)
+    return tuple(sorted(set(places)))
 
 
 def _box(annotation: Any) -> Box:

@@ -31,6 +31,7 @@ class RegionSample:
         attributes: attributes known to hold ("red", "striped", "open", ...).
         negative_attributes: attributes known *not* to hold; what is in neither tuple is unknown.
         tags: words that describe the region and the things it relates to.
+        tag_places: the same as places in a tag list, where the file has been parsed with one; None where it has not.
         relations: relations of which this region is the subject.
         mask: COCO run-length encoding {"size": [H, W], "counts": ...}, or None.
         score: confidence where the box comes from a detector, else None.
@@ -48,6 +49,7 @@ class RegionSample:
     mask: dict[str, Any] | None = None
     score: float | None = None
     crowd: bool = False
+    tag_places: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

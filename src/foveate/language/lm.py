@@ -37,7 +37,8 @@ def load_language_model(
     """Load a language model and its tokenizer from a checkpoint folder or hub name, in evaluation mode.
 
     Args:
-        path: checkpoint; its config decides between encoder-decoder and decoder-only.
+        path: checkpoint; its config decides between encoder-decoder and decoder-only. Of a whole BLIP-2 the language
+            model is loaded.
         dtype: torch.float32, torch.bfloat16 or torch.float16; None keeps the stored one. T5-class models overflow in
             fp16 and give NaN scores, so fp16, asked for or stored, becomes fp32 with a warning.
         feed_forward_activation: T5-class only: name of the feed-forward activation, in place of the checkpoint's.
@@ -50,12 +51,15 @@ def load_language_model(
     path = os.fspath(path)
     _check_dtype(dtype)
     config = load_config(path)
+    loading: dict[str, Any] = {}
+    if config.model_type in ("blip-2", "blip_2"):  # transformers does not look inside a whole one unless told to
+        config, loading = config.text_config, {"key_mapping": {r"^language_model\.": ""}}
     is_t5 = config.model_type in T5_CLASS
     if feed_forward_activation is not None:
         _override_activation(config, feed_forward_activation, is_t5=is_t5)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     loaded_dtype = torch.float32 if is_t5 and dtype is torch.float16 else dtype
-    model = load_complete(auto_class, path, dtype=loaded_dtype, config=config)
+    model = load_complete(auto_class, path, dtype=loaded_dtype, config=config, **loading)
     if is_t5 and torch.float16 in (dtype, model.dtype):
         model.float()
         warnings.warn(

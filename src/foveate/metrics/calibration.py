@@ -74,6 +74,41 @@ def expected_calibration_error(confidences: Any, correct: Any, bins: int = 15) -
 
 
 @dataclass(frozen=True, slots=True)
+class F1Threshold:
+    """`score > threshold` decides best; `f1` is what that reaches, 0 to 1."""
+
+    threshold: float
+    f1: float
+
+
+def best_f1_threshold(scores: Any, labels: Any) -> F1Threshold:
+    """The threshold of one label with the highest F1 = 2 TP / (2 TP + FP + FN).
+
+    It lies midway between the lowest score above it and the highest below it (or 0); of thresholds that are equally
+    good the highest is taken.
+
+    Args:
+        scores: `(N,)` probabilities in [0, 1].
+        labels: `(N,)` 1 = the label holds, 0 = not, -1 = ignored.
+
+    Raises:
+        InputError: shapes disagree, a score is outside [0, 1], a label is not -1, 0 or 1, or none is 1.
+    """
+    scores, hits = _flat(scores, labels, "scores")
+    outside = (scores < 0) | (scores > 1)
+    if outside.any():
+        raise InputError(f"scores holds {scores[outside][0]}; give probabilities in [0, 1], not logits.")
+    if not hits.any():
+        raise InputError("no label is 1, so that no threshold is better than another; leave this label out.")
+    order = np.argsort(-scores, kind="stable")
+    ranked = np.append(scores[order], 0.0)
+    f1 = 2 * np.cumsum(hits[order]) / (np.arange(1, len(scores) + 1) + hits.sum())
+    f1[ranked[:-1] == ranked[1:]] = -1  # no threshold parts equal scores, and none of use is below 0
+    best = int(f1.argmax())
+    return F1Threshold(float((ranked[best] + ranked[best + 1]) / 2), max(float(f1[best]), 0.0))
+
+
+@dataclass(frozen=True, slots=True)
 class PlattScaling:
     """p = sigmoid(scale * logit + bias). `scale` is the inverse temperature; negative if scores rank the wrong way."""
 

@@ -68,10 +68,16 @@ class TrainingSettings(RecipeSection):
     weight_decay: float = Field(0.05, ge=0, description="of parameters with two or more dimensions")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     warmup_steps: int = Field(0, ge=0, le=LARGEST, description="optimiser steps of linear rise to `learning_rate`")
+    true_warmup: bool = Field(
+        True, description="false: `warmup_steps` stands there without effect, as in DynRefer's published training"
+    )
     schedule: Literal["constant", "cosine", "cosine_per_epoch", "linear"] = "cosine"
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / `learning_rate`")
     max_grad_norm: float = Field(0.0, ge=0, description="gradient clipping by the global L2 norm; 0 is off")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    shard_frozen: bool = Field(
+        False, description="split the frozen language model between the processes, which gather it layer by layer"
+    )
     log_every: int = Field(50, gt=0, le=LARGEST, description="optimiser steps between two logged losses")
     save_every: int = Field(
         500, ge=0, le=LARGEST, description="optimiser steps between two checkpoints; 0 writes none to resume from"

@@ -19,9 +19,10 @@ def learning_rate_factor(settings: TrainingSettings, total_steps: int, steps_per
     - cosine_per_epoch: m + (1 - m) (1 + cos(pi e / E)) / 2 with e = the current epoch and E = the number of epochs,
       constant within an epoch (section 3 of the DynRefer specification: 1, .905, .655, .345, .095 for five epochs)
 
-    The warm-up multiplies by (step + 1) / warmup_steps, so that the first step already learns.
+    The warm-up multiplies by (step + 1) / warmup_steps, so that the first step already learns; without `true_warmup`
+    there is none.
     """
-    warmup, low = settings.warmup_steps, settings.min_lr_ratio
+    warmup, low = settings.warmup_steps if settings.true_warmup else 0, settings.min_lr_ratio
     epochs = math.ceil(total_steps / steps_per_epoch)
 
     def factor(step: int) -> float:

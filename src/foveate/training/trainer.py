@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import random
 import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
@@ -65,6 +67,8 @@ class TrainingTask:
         parameter_groups: model -> AdamW parameter groups, in place of `parameter_groups(model, weight_decay)`.
         save_frozen: False leaves frozen parameters out of the checkpoints to resume from, where building the task
             again gives them anyway. Keep True if something else than the optimiser changes them (a moving average).
+        shard: frozen modules, such as the layers of a language model, that `training.shard_frozen` splits between the
+            processes; each is gathered while it runs. `save` must not need them.
     """
 
     model: nn.Module
@@ -74,6 +78,7 @@ class TrainingTask:
     after_training: Callable[[nn.Module, Path], None] | None = None
     parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     save_frozen: bool = True
+    shard: Sequence[nn.Module] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,14 @@ def run(
     _ensure_log_lines()
     if not any(parameter.requires_grad for parameter in task.model.parameters()):
         raise RecipeError("No parameter of the model is trainable; check which parts the recipe freezes.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # It would split what is trained too, which the checkpoints here do not hold.
+        raise RecipeError(
+            "accelerate was set up with FSDP; launch with recipes/accelerate/gpus.yaml, and let training.shard_frozen "
+            "split the frozen language model."
+        )
+    if settings.shard_frozen and (task.save_frozen or not task.shard):
+        raise RecipeError("This model has no frozen part that can be split; set training.shard_frozen to false.")
     if not resume:
         _refuse_unfinished(output)
 
@@ -259,6 +272,11 @@ class _Trainer(Trainer):
         # A forward with **kwargs is no promise to divide by `num_items_in_batch`: losses are means, see TrainingTask.
         self.model_accepts_loss_kwargs = False
         self.trainable = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        self.sharded = settings.shard_frozen and arguments.world_size > 1
+        if self.sharded:
+            # Else it would keep the whole of them alive. Every process has read the same files.
+            frozen = [name for name, parameter in task.model.named_parameters() if not parameter.requires_grad]
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task.model, frozen)
         # On a GPU, reading a value makes the CPU wait: there the check comes with each log line and checkpoint.
         self.check_every_step = arguments.device.type == "cpu"
 
@@ -415,6 +433,9 @@ class _Trainer(Trainer):
             state = safetensors.torch.load_file(path, device="cpu")
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); {_without(path.parent)}.") from None
+        if not self.task.save_frozen:  # earlier versions saved a shared one under its second name
+            frozen = _frozen(model)
+            state = {name: tensor for name, tensor in state.items() if name not in frozen}
         expected = _state_to_save(model, self.task.save_frozen)
         wrong = sorted(set(state) ^ set(expected)) or [
             name for name, tensor in state.items() if tensor.shape != expected[name].shape
@@ -469,6 +490,9 @@ class _Guard(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.sharded:  # now that DistributedDataParallel, which takes no split parameters, is around it
+            for module in self.trainer.task.shard:
+                fully_shard(module)
         kwargs["model"].train()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -567,16 +591,23 @@ def _count_steps(task: TrainingTask, settings: TrainingSettings, processes: int)
     return per_epoch, min(ends)
 
 
+def _frozen(model: nn.Module) -> set[str]:
+    """Names of frozen parameters, all of those that share one."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 def _state_to_save(
     model: nn.Module, save_frozen: bool, state: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """The state dict with each shared tensor once, and without frozen parameters if so wished."""
-    frozen = set() if save_frozen else {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = set() if save_frozen else _frozen(model)
     kept: dict[str, torch.Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in (model.state_dict() if state is None else state).items():
+        if name in frozen:
+            continue
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if name in frozen or (tensor.numel() and place in seen):
+        if tensor.numel() and place in seen:
             continue
         seen.add(place)
         kept[name] = tensor.detach().contiguous()

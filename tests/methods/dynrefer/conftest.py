@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,18 @@ def randomise(model: DynReferModel, seed: int = 0) -> DynReferModel:
             norm = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + norm)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def official_files() -> Any:
+    """The module official_files.py of this folder."""
+    path = Path(__file__).with_name("official_files.py")
+    spec = importlib.util.spec_from_file_location("foveate_official_files", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,18 +33,6 @@ from foveate.methods.dynrefer.modeling import DynReferModel
 
 TESTS = Path(__file__).parents[2]
 GOLDEN = TESTS / "golden" / "dynrefer"
-
-
-@pytest.fixture(scope="session")
-def official_files() -> Any:
-    """The module official_files.py of this folder."""
-    path = Path(__file__).with_name("official_files.py")
-    spec = importlib.util.spec_from_file_location("foveate_official_files", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

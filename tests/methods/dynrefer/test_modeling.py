@@ -527,6 +527,7 @@ class TestConversion:
         ({"align_groups": 0}, "align_groups must be a whole number"),
         ({"align": "no"}, "align must be true or false, not 'no'"),
         ({"tag_threshold": float("nan")}, "tag_threshold must be a number from 0 to 1, not nan"),
+        ({"tag_threshold": {"*": 0.7, "car": 7}}, "tag_threshold of 'car' must be a number from 0 to 1, not 7"),
         ({"caption_loss_weight": -1}, "caption_loss_weight must be a number"),
         ({"proposer": 5}, "proposer must be the name of a checkpoint, not 5"),
         ({"vision_layer": 3}, "vision_layer must be 'last_hidden_state' or one of the tower's -3 to 2, not 3"),

@@ -185,8 +185,8 @@ class TestAnswers:
         assert report(views=[1.0, 1.0], tasks="tags", batch_size=1).extra_crops == 1
         assert report(views="auto").hashes == 3 * 11
         assert report(views={"caption": "auto", "tags": "median"}).hashes == 2 * 3 * 11
-        nothing = predictor(photo, boxes=[], tasks="tags").report
-        assert nothing is not None
+        described: Any = predictor(photo, boxes=[], tasks="tags")
+        nothing = described.report
         assert (nothing.regions, nothing.crops, nothing.extra_crops) == (0, 0, 0)
 
     def test_classes(self, predictor: DynReferPredictor, photo: Image.Image) -> None:
@@ -233,6 +233,24 @@ class TestAnswers:
         monkeypatch.setattr(processor, "language_ids", lambda texts: asked.extend(texts) or ids(texts))
         DynReferPredictor(model, processor)(photo, tasks="caption")
         assert asked == ["|"]
+
+    def test_a_threshold_for_each_tag(
+        self, tiny_model: DynReferModel, processor: DynReferProcessor, photo: Image.Image
+    ) -> None:
+        model: Any = copy.deepcopy(tiny_model)
+
+        def described(threshold: Any) -> Any:
+            model.config.tag_threshold = threshold
+            regions: Any = DynReferPredictor(model, processor)(photo, boxes=BOXES[:1], tasks="tags")
+            return regions[0]
+
+        raw = described(0.5).tag_scores
+        low, high = min(raw, key=raw.__getitem__), max(raw, key=raw.__getitem__)
+        assert described({"*": 1.0, low: 0.0}).tags == (low,)
+        assert described({"*": 1.0, low: 0.0}).tag_scores == raw
+        assert described({tag: 1.0 for tag in raw if tag != high} | {high: raw[high] - 1e-3}).tags == (high,)
+        # The others keep the default.
+        assert described({low: 1.0}).tags == tuple(tag for tag in described(0.7).tags if tag != low)
 
     def test_calibration_changes_probabilities_and_no_order(
         self, tiny_model: DynReferModel, processor: DynReferProcessor, predictor: DynReferPredictor, photo: Image.Image

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from foveate.data.samples import ImageSample, RegionSample
-from foveate.errors import RecipeError
+from foveate.errors import InputError, RecipeError
 from foveate.methods.dynrefer import recipe
 from foveate.methods.dynrefer.modeling import DynReferModel
 from foveate.methods.dynrefer.processing import DynReferProcessor
@@ -137,3 +137,62 @@ def test_the_cache_of_images_is_bounded_and_changes_nothing(
     for index, crops in zip(order, cached, strict=True):
         np.testing.assert_array_equal(crops, anew[index]["crops"])
     assert len(read) == 4 + len(order)
+
+
+CAPTIONS = ("a striped dog", "left of a car")
+
+
+@pytest.fixture
+def plain_dataset(
+    photo: Image.Image, tmp_path: Path, tiny_model: DynReferModel, processor: DynReferProcessor
+) -> Callable[..., RegionDataset]:
+    """Three images of a region each, without tags; the second file is no image."""
+    config: Any = tiny_model.config
+
+    def build(**settings: Any) -> RegionDataset:
+        images: Any = []
+        for number in range(3):
+            path = tmp_path / f"{number}.png"
+            path.write_bytes(b"no image") if number == 1 else photo.save(path)
+            images.append(ImageSample(number, path, 96, 80, (RegionSample(number, BOX, captions=CAPTIONS),)))
+        data = TrainingData(root=tmp_path, **settings)
+        return RegionDataset(images, [(k, 0) for k in range(3)], config, processor.vocabulary, data)
+
+    return build
+
+
+def test_tags_and_control_words_of_a_caption(plain_dataset: Callable[..., RegionDataset]) -> None:
+    """Where the data gives none: TAGS are car, red, dog, striped, left of, Hat, small."""
+    dataset = plain_dataset(each_caption=True)
+    assert len(dataset) == 6
+    first, second = dataset[0], dataset[1]
+    assert (first["caption"], first["tags"].tolist()) == (CAPTIONS[0], [0, 0, 1, 1, 0, 0, 0])
+    assert (second["caption"], second["tags"].tolist()) == (CAPTIONS[1], [1, 0, 0, 0, 1, 0, 0])
+    controls = [dataset[SampleKey(0, epoch, 0)]["control"] for epoch in range(60)]
+    words = {word for control in controls for word in control.removesuffix("|").split(",") if word}
+    assert words == {"dog", "striped", "striped dog"}  # both tags, and the phrase
+
+
+def test_an_image_that_cannot_be_read_is_counted_and_said(
+    plain_dataset: Callable[..., RegionDataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InputError, match=r"1\.png.*set data\.skip_bad to train without it"):
+        plain_dataset()[1]
+    dataset = plain_dataset(skip_bad=True, views=[0.2, 0.3])
+    taken = dataset[1]
+    np.testing.assert_array_equal(taken["crops"], dataset[2]["crops"])
+    dataset[SampleKey(0, 1, 1)]
+    assert [Path(path).name for path in dataset.bad] == ["1.png"]
+    assert dataset.bad.total() == 2
+    assert "(2 so far in this process)" in caplog.text
+
+
+def test_only_images_that_cannot_be_read(
+    plain_dataset: Callable[..., RegionDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = plain_dataset(skip_bad=True)
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"no image")
+    monkeypatch.setattr(recipe, "MOST_BAD_IN_A_ROW", 5)
+    with pytest.raises(InputError, match="5 regions in a row have images that cannot be read"):
+        dataset[0]

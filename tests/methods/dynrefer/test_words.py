@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from foveate.methods.dynrefer.words import control_pool, control_words, noun_phrases, tag_sets
+import pytest
+
+from foveate.data.samples import RegionSample
+from foveate.methods.dynrefer.words import TagList, control_pool, control_words, noun_phrases, tag_sets
 
 TAGS = ["red hat", "hat", "man", "wear", "tall", "Big Ben", "a"]
 
@@ -64,3 +67,40 @@ class TestControlWords:
         assert control_words(["blue", "car"], ["car", "dog"]) == ["blue", "car", "dog"]
         assert control_words([], ["dog", "car"]) == ["dog", "car"]
         assert control_words([], []) == []
+
+
+class TestCaptionsWithoutAParser:
+    """Tags and phrases read off a caption by rules, from the tag list alone."""
+
+    TAGS = ("hat", "red hat", "man", "wear", "Bus", "bus stop", "building", "umbrella", "bus", "hold", "sit", "cherry")
+
+    @pytest.mark.parametrize(
+        ("caption", "named"),
+        [
+            ("a man in a red hat", {"man", "red hat"}),  # the longest run that ends at "hat", and not "hat" too
+            ("a hat and a red hat", {"hat", "red hat"}),
+            ("two men wearing red hats", {"man", "wear", "red hat"}),
+            ("umbrellas held, holding cherries", {"umbrella", "hold", "cherry"}),
+            ("people sitting", {"sit"}),
+            ("a bus stop", {"Bus", "bus stop"}),  # each word ends a run of its own; of equal entries the first counts
+            ("a building", {"building"}),
+            ("hatred", set()),
+            ("", set()),
+        ],
+    )
+    def test_tags_of_a_caption(self, caption: str, named: set[str]) -> None:
+        assert {self.TAGS[place] for place in TagList(self.TAGS).match(caption)} == named
+
+    def test_a_regions_own_tags_come_first_then_those_of_its_file(self) -> None:
+        tags = TagList(self.TAGS)
+        box = (0.0, 0.0, 9.0, 9.0)
+        captions = ["a man", "a hat"]
+        assert tags.of(RegionSample(1, box, tags=("HAT", "zebra")), captions) == [0]
+        assert tags.of(RegionSample(1, box, tag_places=(3, 5)), captions) == [3, 5]
+        assert tags.of(RegionSample(1, box, tag_places=()), captions) == []
+        assert tags.of(RegionSample(1, box), captions) == [0, 2]
+
+    def test_phrases_without_a_tagger(self) -> None:
+        tagged = TagList(self.TAGS).parts_of_speech("two men sitting near a tall building, red 7")
+        assert [word for word, kind in tagged if kind] == ["two", "men", "tall", "building", "red"]
+        assert control_pool(tagged, ["man"]) == ["man", "two men", "men", "tall building", "building", "red"]

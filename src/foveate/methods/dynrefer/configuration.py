@@ -26,6 +26,8 @@ SEARCH_NAMES = ("auto", *SELECTIONS)
 VIEW_NAMES = ("task", *SEARCH_NAMES)
 """Names that `views` has in Python, recipes and on the command line; "auto" is "official". A `view_policy` takes all
 but "task", which stands for it."""
+DEFAULT_TAG_THRESHOLD = 0.7
+"""Spec 4.1."""
 
 
 class DynReferConfig(PreTrainedConfig):
@@ -46,7 +48,9 @@ class DynReferConfig(PreTrainedConfig):
         tag_loss_weight / contrast_loss_weight / caption_loss_weight: the factors of the three objectives (0 removes
             a task; spec 3: 0.01, 0.5, 1).
         prompt_loss_weight: factor of the supervised sigmoid loss on attribute and class prompts; 0 (off) in the paper.
-        tag_threshold: a tag is reported above this probability (spec 4.1: 0.7).
+        tag_threshold: a tag is reported above this probability (spec 4.1: 0.7); or a mapping of tags to theirs, in
+            which "*" is that of all others (0.7 without it). It is compared with the raw probability, before
+            `calibration`.
         attribute_threshold: an attribute is listed above this probability.
         view_policy: task -> the t's of its n - 1 context views, or the name of a search; used by `views="task"` (spec
             4.3). A task that it does not name searches.
@@ -87,7 +91,7 @@ class DynReferConfig(PreTrainedConfig):
     contrast_loss_weight: float = 0.5
     caption_loss_weight: float = 1.0
     prompt_loss_weight: float = 0.0
-    tag_threshold: float = 0.7
+    tag_threshold: Any = DEFAULT_TAG_THRESHOLD
     attribute_threshold: float = 0.5
     view_policy: Any = None
     calibration: Any = None
@@ -120,6 +124,7 @@ class DynReferConfig(PreTrainedConfig):
         for name, high in _NUMBERS.items():
             if not is_number(getattr(self, name), 0, high):
                 raise ValueError(f"{name} must be a number from 0 to {high:g}, not {getattr(self, name)!r}")
+        check_tag_threshold(self.tag_threshold)
         for name in ("align", "exact_box_rounding"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -204,9 +209,31 @@ DEFAULT_GENERATION: dict[str, Any] = {
 
 _SIZES = ("num_views", "image_size", "num_query_tokens", "align_groups", "head_size", "head_layers")
 _SIZES += ("head_num_attention_heads", "max_text_tokens")
-_NUMBERS = dict.fromkeys(("head_dropout", "tag_threshold", "attribute_threshold", "initializer_range"), 1.0)
+_NUMBERS = dict.fromkeys(("head_dropout", "attribute_threshold", "initializer_range"), 1.0)
 _NUMBERS |= dict.fromkeys(("tag_loss_weight", "contrast_loss_weight", "caption_loss_weight", "prompt_loss_weight"), 1e9)
 """The highest value that a number may have; the lowest is 0."""
+
+
+def check_tag_threshold(threshold: Any) -> None:
+    """Whether it is one threshold of tags or a mapping of tags to theirs.
+
+    Raises:
+        ValueError: no number from 0 to 1, or a mapping with something else in it; the sentence names the tag.
+    """
+    if isinstance(threshold, dict):
+        for tag, value in threshold.items():
+            if not isinstance(tag, str) or not is_number(value, 0, 1):
+                raise ValueError(f"tag_threshold of {tag!r} must be a number from 0 to 1, not {value!r}")
+    elif not is_number(threshold, 0, 1):
+        raise ValueError(f"tag_threshold must be a number from 0 to 1, not {threshold!r}, or a mapping of tags to such")
+
+
+def tag_thresholds(threshold: float | Mapping[str, float], tags: Sequence[str]) -> list[float]:
+    """The threshold of each tag of a list, from `DynReferConfig.tag_threshold`."""
+    if not isinstance(threshold, Mapping):
+        return [threshold] * len(tags)
+    others = threshold.get("*", DEFAULT_TAG_THRESHOLD)
+    return [threshold.get(tag, others) for tag in tags]
 
 
 def check_coefficients(coefficients: Any) -> None:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 
 from foveate import __version__
 from foveate.checkpoints import find_checkpoint, read_config
@@ -221,7 +222,7 @@ def load_converted(model: torch.nn.Module, state: Mapping[str, Tensor], *, allow
     try:
         result = model.load_state_dict(dict(state), strict=False)
     except RuntimeError as error:  # a tensor of another shape
-        raise CheckpointError(f"the checkpoint does not fit this configuration: {error}") from error
+        raise CheckpointError(f"the checkpoint does not fit this configuration: {first_line(error)}") from error
     missing = sorted(key for key in result.missing_keys if not key.startswith(tuple(allow_missing)))
     if missing or result.unexpected_keys:
         raise CheckpointError(
@@ -290,8 +291,8 @@ def convert_checkpoint(
     """
     precision = find_dtype(dtype)
     with atomic_folder(out) as folder:
-        tag_names = _read_lines(tags, "tag")
-        class_names = COCO_CLASSES if classes is None else _read_lines(classes, "class")
+        tag_names = read_lines(tags, "tag")
+        class_names = COCO_CLASSES if classes is None else read_lines(classes, "class")
         groups = () if attributes is None else read_attributes(attributes)
         plan = _plan(official, base, text, text_heads)
         if plan.tag_count not in (None, len(tag_names)):
@@ -320,6 +321,45 @@ def convert_checkpoint(
         }
         _write_manifest(folder, plan, {name: [Path(path) for path in paths] for name, paths in sources.items()})
     return Conversion(config, plan.conversion.parts, plan.conversion.unused, Path(out))
+
+
+def convert_text_encoder(
+    text: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    text_tokenizer: str | os.PathLike[str] = CLIP_TOKENIZER,
+    text_heads: int = EVA_TEXT_HEADS,
+) -> Path:
+    """Write the text encoder of `eva_clip_psz14.pt` as a CLIP text checkpoint, which a training recipe names as its
+    base model `text` (spec 2.8).
+
+    Args:
+        text: EVA-CLIP file, or a CLIP checkpoint, of which the text part is taken.
+        out: folder to write; new or empty.
+        text_tokenizer, text_heads: as in `convert_checkpoint`.
+    Raises:
+        InputError, CheckpointError: as in `convert_checkpoint`.
+    """
+    source = _read_text(text, text_heads)
+    with torch.device("meta"):
+        model = CLIPTextModelWithProjection(source.config)
+    mine = "text_encoder."
+    problems = {
+        "missing": [_source_key(mine + key) for key in model.state_dict() if mine + key not in source.tensors],
+        "unknown": source.unknown,
+        "of another shape": [
+            source.names[mine + key]
+            for key, value in model.state_dict().items()
+            if mine + key in source.tensors and source.tensors[mine + key].shape != value.shape
+        ],
+    }
+    _refuse(f"{os.fspath(text)} does not make a text encoder", problems, "check that the file is whole")
+    weights = {key.removeprefix(mine): value for key, value in source.tensors.items()}
+    with atomic_folder(out) as folder:
+        model.load_state_dict(weights, assign=True)
+        model.eval().save_pretrained(folder)
+        load_tokenizer(text_tokenizer).save_pretrained(folder)
+    return Path(out)
 
 
 def initialise_from_blip2(model: DynReferModel, base: str | os.PathLike[str]) -> DynReferModel:
@@ -691,7 +731,12 @@ def _table(tensors: Mapping[str, Tensor], origin: Mapping[str, str]) -> Iterable
 # ---------------------------------------------------------------- words
 
 
-def _read_lines(path: str | os.PathLike[str], what: str) -> tuple[str, ...]:
+def read_lines(path: str | os.PathLike[str], what: str) -> tuple[str, ...]:
+    """The lines of a word list such as `ram_tag_list.txt`, stripped.
+
+    Raises:
+        InputError: the file is missing or no text, has no line or an empty one; `what` says what a line holds.
+    """
     lines = [line.strip() for line in read_text(Path(path)).splitlines()]
     blank = next((number for number, line in enumerate(lines, 1) if not line), None)
     if not lines or blank is not None:

@@ -226,8 +226,25 @@ class DynReferModel(DynReferPreTrainedModel):
         """Prefixes of the parameters that live in the checkpoints of `config.base_models`."""
         return tuple(f"{self.FROZEN_PARTS[part]}." for part in self.config.base_models)
 
-    def load_base_models(self, names: dict[str, str] | None = None) -> DynReferModel:
+    def language_layers(self) -> list[nn.Module]:
+        """The layers of the language model, first those of the encoder."""
+        parts: Any = [self.language_model.get_encoder(), self.language_model.get_decoder()]
+        return [layer for part in parts for layer in (part.block if hasattr(part, "block") else part.layers)]
+
+    def cast_frozen(self, dtype: torch.dtype) -> DynReferModel:
+        """The frozen tower, text encoder and language model in `dtype`; what is trained stays as it is."""
+        for name in self.FROZEN_PARTS.values():
+            self.get_submodule(name).to(dtype)
+        return self
+
+    def load_base_models(
+        self, names: dict[str, str] | None = None, dtype: torch.dtype = torch.float32
+    ) -> DynReferModel:
         """Fill the frozen parts from their own checkpoints: folders, hub ids or the names of shipped weights.
+
+        Args:
+            names: part -> checkpoint; those of the configuration by default.
+            dtype: in which the files are read; the parts keep the type that they have.
 
         Raises:
             CheckpointError: a checkpoint is missing, or does not have the sizes of this model's configuration.
@@ -235,11 +252,11 @@ class DynReferModel(DynReferPreTrainedModel):
         for part, name in (names or self.config.base_models).items():
             path = find_checkpoint(name)
             if part == "vision":
-                self._copy(load_tower(path, dtype=torch.float32), self.vision_tower, name)
+                self._copy(load_tower(path, dtype=dtype), self.vision_tower, name)
             elif part == "text":
-                self._copy(load_text_encoder(path, dtype=torch.float32), self.text_encoder, name)
+                self._copy(load_text_encoder(path, dtype=dtype), self.text_encoder, name)
             else:
-                source: Any = load_language_model(path, dtype=torch.float32, feed_forward_activation="gelu")[0]
+                source: Any = load_language_model(path, dtype=dtype, feed_forward_activation="gelu")[0]
                 if source.get_output_embeddings().weight is not source.get_input_embeddings().weight:
                     # A fresh T5 shares them, and the copy would overwrite the embedding with the output layer.
                     untie_lm_head(self.language_model)
@@ -315,6 +332,8 @@ class DynReferModel(DynReferPreTrainedModel):
         """
         layer = self.config.vision_layer
         tokens = self.vision_tower(pixel_values, layers=(layer,)).hidden_states
+        # The frozen parts may be of half the precision of what is trained on them.
+        tokens = tokens.to(self.t5_proj.weight.dtype)
         return tokens if isinstance(layer, str) else F.layer_norm(tokens, tokens.shape[-1:], eps=1e-5)
 
     def region_features(self, tokens: Tensor, region_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -363,7 +382,8 @@ class DynReferModel(DynReferPreTrainedModel):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(V, L) token ids -> (V, D) text embeddings, not L2-normalised (spec 2.8). No gradient."""
         with torch.no_grad():
-            return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).text_embeds
+            embeds = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).text_embeds
+            return embeds.to(self.attr_text_proj.weight.dtype)
 
     def tag_logits(self, query_output: Tensor, tag_embeds: Tensor) -> Tensor:
         """(R, Q, H) region tokens, (V, D) tag embeddings -> (R, V) logits (spec 2.6)."""
@@ -396,7 +416,19 @@ class DynReferModel(DynReferPreTrainedModel):
         """Token-mean cross-entropy of the captions, padding ignored (spec 3)."""
         inputs_embeds, attention_mask = self.language_inputs(query_output, control_ids, control_mask)
         labels = caption_ids.masked_fill(caption_mask == 0, -100)
-        return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels).loss
+        language_model: Any = self.language_model
+        logits = language_model(
+            inputs_embeds=inputs_embeds.to(self._language_dtype),
+            attention_mask=attention_mask,
+            decoder_input_ids=language_model.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        ).logits
+        # Not left to the language model: it would sum in its own precision, which may be half.
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    @property
+    def _language_dtype(self) -> torch.dtype:
+        return next(self.language_model.parameters()).dtype
 
     @torch.no_grad()
     def generate(
@@ -408,10 +440,9 @@ class DynReferModel(DynReferPreTrainedModel):
             CheckpointError: the language model gave non-finite logits.
         """
         inputs_embeds, attention_mask = self.language_inputs(query_output, control_ids, control_mask)
-        language_dtype = next(self.language_model.parameters()).dtype
         return generate_finite(
             self.language_model,
-            inputs_embeds=inputs_embeds.to(language_dtype),
+            inputs_embeds=inputs_embeds.to(self._language_dtype),
             attention_mask=attention_mask,
             **{**self.config.generation, **settings},
         )

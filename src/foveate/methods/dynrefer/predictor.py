@@ -36,7 +36,7 @@ from foveate.vision.proposals import (
     load_proposer,
 )
 
-from .configuration import CANDIDATE_VIEWS, find_dynrefer, is_whole
+from .configuration import CANDIDATE_VIEWS, find_dynrefer, is_whole, tag_thresholds
 from .modeling import DynReferModel, group_maximum
 from .processing import CLASS_TEMPLATE, DynReferProcessor, control_text
 from .results import Region, Regions, Report, View, ViewChoice
@@ -586,7 +586,7 @@ class DynReferPredictor:
             raw = torch.sigmoid(logits)
             shown = self._probability("tags", logits)
             order = raw.argsort(dim=1, descending=True).cpu().numpy()
-            above = (raw > model.config.tag_threshold).cpu().numpy()
+            above = (raw > self._tag_thresholds(raw)).cpu().numpy()
             tag_lists = [tuple(vocabulary.tags[k] for k in order[r] if above[r, k]) for r in range(count)]
             if "tags" in tasks:
                 scores = shown.cpu().numpy()
@@ -638,6 +638,13 @@ class DynReferPredictor:
             {"caption": caption, "caption_score": float(score)}
             for caption, score in zip(captions, generated.scores.tolist(), strict=True)
         ]
+
+    def _tag_thresholds(self, scores: Tensor) -> float | Tensor:
+        """One number, or (V,) numbers beside the scores (R, V)."""
+        threshold = self.model.config.tag_threshold
+        if not isinstance(threshold, dict):
+            return threshold
+        return scores.new_tensor(tag_thresholds(threshold, self.processor.vocabulary.tags))
 
     def _probability(self, task: str, logits: Tensor) -> Tensor:
         scale, bias = self.model.config.calibration.get(task, (1.0, 0.0))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,13 +22,13 @@ from foveate.checkpoints import find_checkpoint, read_config
 from foveate.data import open_dataset
 from foveate.data.dataset import SampleDataset
 from foveate.data.records import read_json
-from foveate.data.samples import RegionSample
+from foveate.data.samples import ImageSample, RegionSample
 from foveate.data.text import clean_caption
-from foveate.errors import FoveateError, RecipeError
+from foveate.errors import FoveateError, InputError, RecipeError
 from foveate.language.generation import check_generation
 from foveate.language.lm import load_config, load_language_model, load_tokenizer
 from foveate.language.pretrained import first_line
-from foveate.metrics.calibration import expected_calibration_error, fit_platt
+from foveate.metrics.calibration import best_f1_threshold, expected_calibration_error, fit_platt
 from foveate.metrics.captioning import caption_report, mentioned_words
 from foveate.metrics.classification import class_breakdown, mean_average_precision
 from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection, TrainingSettings
@@ -43,12 +46,15 @@ from foveate.world.vocabulary import (
 
 from .configuration import (
     CANDIDATE_VIEWS,
+    DEFAULT_TAG_THRESHOLD,
     DynReferConfig,
     check_coefficients,
+    check_tag_threshold,
     check_view_policy,
     check_views,
     find_dynrefer,
 )
+from .conversion import COCO_CLASSES, initialise_from_blip2, read_attributes, read_lines
 from .modeling import DynReferModel
 from .predictor import TASKS, DynReferPredictor
 from .processing import CLASS_TEMPLATE, DynReferProcessor, Vocabulary, control_text
@@ -63,8 +69,12 @@ from .views import (
     pixel_boxes,
     sample_coefficients,
 )
+from .words import TagList, control_pool
 
 log = logging.getLogger(__name__)
+
+MOST_BAD_IN_A_ROW = 100
+"""Regions whose images cannot be read, one after the other, where `data.skip_bad` is on; more are no accident."""
 
 IMAGE_CACHE_BYTES = 2 * 2**30
 """Decoded images that a process keeps in memory where `data.cache_images` is on; 2 GiB is 10,000 images of 256 px."""
@@ -99,7 +109,7 @@ class WorldScenes(RecipeSection):
 class RegionData(RecipeSection):
     """One split of a dataset of described regions."""
 
-    format: Literal["visual-genome", "refcocog", "coco"] = "visual-genome"
+    format: Literal["visual-genome", "refcocog", "coco", "controlcap"] = "visual-genome"
     root: RecipePath
     split: str = "train"
     world: WorldScenes | None = Field(None, description="render the dataset first if `root` does not exist")
@@ -108,10 +118,27 @@ class RegionData(RecipeSection):
         gt=0,
         description="use only so many regions: for training those that `seed` draws, elsewhere always the same ones",
     )
-    skip_bad: bool = False
+    skip_bad: bool = Field(False, description="leave broken records and images out, count and log them")
+
+
+class CalibrationData(RegionData):
+    """Held-out regions. A tag list of thousands makes a region's scores large: some thousand `regions` are enough."""
+
+    tag_thresholds: bool = Field(False, description="give each tag the threshold of its best F1")
+    min_positives: int = Field(
+        10, gt=0, le=LARGEST, description="a tag of fewer regions keeps the threshold of model.tag_threshold"
+    )
 
 
 class TrainingData(RegionData):
+    tags: RecipePath | None = Field(None, description="tag list, one a line (ram_tag_list.txt); null: the data's own")
+    attributes: RecipePath | None = Field(None, description="OVAD's ovad2000.json; null: the data's own")
+    classes: Literal["coco"] | RecipePath | None = Field(
+        None, description="class list, one a line, or coco for its 80; null: the data's own"
+    )
+    each_caption: bool = Field(
+        False, description="a sample for each caption, as DynRefer trains, and not for each region"
+    )
     views: Annotated[Literal["random"] | list[float], _checked(check_coefficients, "random")] = Field(
         "random", description="context views: drawn anew for each region and epoch, or always these t's"
     )
@@ -126,8 +153,14 @@ class TrainingData(RegionData):
 class ModelSettings(RecipeSection):
     """What is built; a field means what it means in `DynReferConfig`."""
 
-    base_models: dict[Literal["vision", "text", "language"], str]
+    base_models: dict[Literal["vision", "text", "language"], str] = Field(
+        default_factory=dict, description="checkpoints of the frozen parts; not needed with `init_from`"
+    )
     init_from: str | None = Field(None, description="start from this DynRefer checkpoint instead of fresh modules")
+    qformer_from: str | None = Field(
+        None, description="BLIP-2 checkpoint whose Q-Former (its sizes too), query tokens and projection to start from"
+    )
+    frozen_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen parts in training")
     num_views: int = Field(3, ge=1, le=11)
     image_size: int = Field(224, gt=0, le=4096)
     vision_layer: int | Literal["last_hidden_state"] = "last_hidden_state"
@@ -146,12 +179,25 @@ class ModelSettings(RecipeSection):
     contrast_loss_weight: float = Field(0.5, ge=0, le=1e9)
     caption_loss_weight: float = Field(1.0, ge=0, le=1e9)
     prompt_loss_weight: float = Field(0.0, ge=0, le=1e9)
-    tag_threshold: float = Field(0.7, ge=0, le=1)
+    tag_threshold: Annotated[float | dict[str, float], _checked(check_tag_threshold)] = Field(
+        DEFAULT_TAG_THRESHOLD, description="one number, or a mapping of tags to theirs with '*' for all others"
+    )
     view_policy: Annotated[dict[str, str | list[float]] | None, _checked(check_view_policy)] = None
     exact_box_rounding: bool = True
     proposer: str | None = Field(None, description="region proposer for describing everything")
     generation: Annotated[dict[str, int | float] | None, _checked(check_generation)] = None
 
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelSettings:
+        if self.init_from is not None and self.qformer_from is not None:
+            raise ValueError("init_from brings a Q-Former; give either it or qformer_from")
+        sizes = self.model_fields_set & {"qformer_width", "qformer_layers", "qformer_heads"}
+        if self.qformer_from is not None and sizes:
+            raise ValueError(f"qformer_from brings the sizes of the Q-Former; remove {sorted(sizes)[0]}")
+        return self
+
+
+TEXTS_AT_ONCE = 512
 
 _LEFT_OUT: Any = None
 """The default of sections that a recipe may leave out only if another one is there; a validator sees to it."""
@@ -183,7 +229,9 @@ class DynReferRecipe(Recipe):
     model: ModelSettings = Field(_LEFT_OUT)
     training: TrainingSettings = Field(_LEFT_OUT)
     evaluation: EvaluationSettings
-    calibration: RegionData | None = Field(None, description="held-out regions on which probabilities are calibrated")
+    calibration: CalibrationData | None = Field(
+        None, description="held-out regions on which probabilities are calibrated"
+    )
 
     @model_validator(mode="after")
     def _can_train(self) -> DynReferRecipe:
@@ -210,16 +258,7 @@ def open_regions(data: RegionData, seed: int = 0) -> tuple[SampleDataset, list[t
         InputError, RecipeError: the dataset is not there, is damaged, or has no such region.
     """
     if not data.root.exists() and data.world is not None:
-        log.info("rendering %d scenes into %s", data.world.count, data.root)
-        export_scenes(
-            data.root,
-            data.format,
-            first_seed=data.world.first_seed,
-            count=data.world.count,
-            size=data.world.size,
-            val_fraction=0.0,
-            processes=data.world.processes,
-        )
+        _render(data.root, data.format, data.world)
     elif data.world is not None:
         _check_rendered(data.root, data.world)
     dataset = open_dataset(data.format, data.root, data.split, skip_bad=data.skip_bad)
@@ -230,6 +269,25 @@ def open_regions(data: RegionData, seed: int = 0) -> tuple[SampleDataset, list[t
         chosen = np.random.default_rng(seed).choice(len(index), size=data.regions, replace=False)
         index = [index[k] for k in np.sort(chosen)]
     return dataset, index
+
+
+def _render(root: Path, format: str, world: WorldScenes) -> None:
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        # Of the processes that torchrun starts on a machine the first one renders, and the folder appears whole.
+        # Should that fail, torchrun ends the others.
+        while not root.exists():
+            time.sleep(0.2)
+        return
+    log.info("rendering %d scenes into %s", world.count, root)
+    export_scenes(
+        root,
+        format,
+        first_seed=world.first_seed,
+        count=world.count,
+        size=world.size,
+        val_fraction=0.0,
+        processes=world.processes,
+    )
 
 
 def check_root(data: RegionData, section: str) -> None:
@@ -278,10 +336,79 @@ def dataset_vocabulary(dataset: SampleDataset, name: str) -> Vocabulary:
     return Vocabulary.from_words(sorted(tags), sorted(attributes), sorted(classes), name)
 
 
+def training_vocabulary(data: TrainingData, dataset: SampleDataset, start: Vocabulary | None = None) -> Vocabulary:
+    """The lists that the recipe names; for the others those of `start`, or of the data (`dataset_vocabulary`).
+
+    Raises:
+        InputError: a list is missing or damaged.
+    """
+    given: dict[str, Any] = {}
+    if data.tags is not None:
+        given["tags"] = read_lines(data.tags, "tag")
+    if data.attributes is not None:
+        given["attributes"] = read_attributes(data.attributes)
+    if data.classes is not None:
+        given["classes"] = COCO_CLASSES if isinstance(data.classes, str) else read_lines(data.classes, "class")
+    if start is None:  # looking through millions of regions takes minutes, so only where something is missing
+        start = Vocabulary(source=str(data.root)) if len(given) == 3 else dataset_vocabulary(dataset, str(data.root))
+    return replace(start, **given)
+
+
+def _check_tags(dataset: Iterable[ImageSample], vocabulary: Vocabulary, config: Any, root: Path) -> None:
+    """Whether the tag list belongs to the data and the settings.
+
+    Raises:
+        RecipeError: there is no tag to learn, or a threshold is of none.
+        InputError: the data was parsed with a longer list.
+    """
+    count = len(vocabulary.tags)
+    if not count and config.tag_loss_weight:
+        raise RecipeError(
+            f"{root} gives no tags to learn; name a tag list under data.tags, or set model.tag_loss_weight to 0"
+        )
+    if isinstance(config.tag_threshold, dict):
+        unknown = sorted(set(config.tag_threshold) - {"*", *vocabulary.tags})
+        if unknown:
+            raise RecipeError(f"model.tag_threshold names {unknown[0]!r}, which is no tag of this model")
+    for sample in dataset:
+        for region in sample.regions:
+            if region.tag_places and region.tag_places[-1] >= count:
+                raise InputError(
+                    f"region {region.region_id} of {root} has the tag number {region.tag_places[-1]}, but the tag list "
+                    f"has {count} entries; give the list that its captions were parsed with under data.tags"
+                )
+
+
+def _present(dataset: SampleDataset, index: list[tuple[int, int]], skip_bad: bool) -> list[tuple[int, int]]:
+    """The pairs whose image file is there: a forgotten folder is noticed at once, not in the middle of an epoch.
+
+    Raises:
+        InputError: images are missing, and `skip_bad` is off or no image is left.
+    """
+    paths = {image: dataset[image].path for image in sorted({image for image, _ in index})}
+    missing = {image for image, path in paths.items() if not path.is_file()}
+    if not missing:
+        return index
+    what = f"{len(missing)} of {len(paths)} training images are missing, the first is {paths[min(missing)]}"
+    if not skip_bad or len(missing) == len(paths):
+        raise InputError(f"{what}; put them there, or set data.skip_bad to train without them.")
+    left = [pair for pair in index if pair[0] not in missing]
+    log.warning("%s; %d of %d regions are left out", what, len(index) - len(left), len(index))
+    return left
+
+
 class RegionDataset(SeededDataset):
     """One described region a sample: its views, boxes, caption, control words and targets.
 
-    `views="random"` draws n - 1 different t's for each region anew (stochastic multi-view embedding, paper 3.1).
+    `views="random"` draws n - 1 different t's for each region anew (stochastic multi-view embedding, paper 3.1). With
+    `each_caption` a region is as many samples as it has captions.
+
+    Where the data gives no tags they come from the caption (`TagList`), and control words are its tags and its phrases
+    of nouns and adjectives (spec 3); regions with tags of their own are controlled by those alone.
+
+    Attributes:
+        bad: paths of images that could not be read in this process, with how often another region took the place of
+            one of theirs (`data.skip_bad`).
     """
 
     def __init__(
@@ -294,12 +421,19 @@ class RegionDataset(SeededDataset):
         cache: ViewCache | None = None,
     ) -> None:
         self.dataset, self.index, self.config, self.data, self.cache = dataset, index, config, data, cache
-        self.tags = {tag.lower(): k for k, tag in enumerate(vocabulary.tags)}
+        self.tags, self.tag_list = vocabulary.tags, TagList(vocabulary.tags)
         self.attributes = {attribute.name: k for k, attribute in enumerate(vocabulary.attributes)}
         self.classes = {name: k for k, name in enumerate(vocabulary.classes)}
         self.repeats = torch.tensor(vocabulary.group_sizes, dtype=torch.long)
         self._images: OrderedDict[int, Image.Image] = OrderedDict()  # the one used last at the end
         self._image_bytes = 0
+        self.bad: Counter[str] = Counter()
+        # A place in `index`, and the caption to take, or None to draw one.
+        self._samples: list[tuple[int, int | None]] = (
+            [(row, k) for row, (i, r) in enumerate(index) for k in range(len(dataset[i].regions[r].captions))]
+            if data.each_caption
+            else [(row, None) for row in range(len(index))]
+        )
         if data.views != "random" and len(data.views) != config.num_views - 1:
             raise RecipeError(
                 f"data.views gives {len(data.views)} t's, but num_views {config.num_views} needs one less"
@@ -308,7 +442,7 @@ class RegionDataset(SeededDataset):
             raise RecipeError(f"num_views can be at most {len(CANDIDATE_VIEWS) + 1} with random views")
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self._samples)
 
     def _image(self, index: int) -> Image.Image:
         if index in self._images:
@@ -323,19 +457,38 @@ class RegionDataset(SeededDataset):
         return image
 
     def sample(self, index: int, random: SampleRandom) -> dict[str, Any]:
+        path = ""
+        for bad in range(MOST_BAD_IN_A_ROW):
+            row, caption_number = self._samples[(index + bad) % len(self)]
+            try:
+                return self._sample(row, caption_number, random.numpy)
+            except InputError as error:
+                path = str(self.dataset[self.index[row][0]].path)
+                if not self.data.skip_bad:
+                    raise InputError(f"{error} Or set data.skip_bad to train without it.") from error
+                self.bad[path] += 1
+                count = self.bad.total()
+                log.warning("%s The next region is taken in its place (%d so far in this process).", error, count)
+        raise InputError(f"{MOST_BAD_IN_A_ROW} regions in a row have images that cannot be read, the last is {path}.")
+
+    def _sample(self, index: int, caption_number: int | None, draw: np.random.Generator) -> dict[str, Any]:
         image_index, number = self.index[index]
         region = self.dataset[image_index].regions[number]
-        draw = random.numpy
         count = self.config.num_views - 1
         t = sample_coefficients(count, draw) if self.data.views == "random" else np.array([0.0, *self.data.views])
         views = self._views(index, t)
-        first = draw.random() < self.data.canonical_caption
-        caption = region.captions[0 if first else int(draw.integers(len(region.captions)))]
+        if caption_number is None:
+            first = draw.random() < self.data.canonical_caption
+            caption_number = 0 if first else int(draw.integers(len(region.captions)))
+        caption = clean_caption(region.captions[caption_number])
+        places = self.tag_list.of(region, [caption])
+        targets = torch.zeros(len(self.tags))
+        targets[places] = 1
         return {
             **views,
-            "caption": clean_caption(caption),
-            "control": control_text(self._controls(region, draw)),
-            "tags": self._tag_targets(region),
+            "caption": caption,
+            "control": control_text(self._controls(region, caption, places, draw)),
+            "tags": targets,
             "prompts": self.prompt_labels(region),
         }
 
@@ -361,18 +514,18 @@ class RegionDataset(SeededDataset):
             "crops": np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8),
         }
 
-    def _controls(self, region: RegionSample, draw: np.random.Generator) -> list[str]:
+    def _controls(
+        self, region: RegionSample, caption: str, places: Sequence[int], draw: np.random.Generator
+    ) -> list[str]:
         """Control words in training (spec 3): none for half of the samples, else each word with probability a half."""
         if draw.random() < self.data.control_dropout:
             return []
-        kept = [tag for tag in dict.fromkeys(region.tags) if draw.random() < 0.5]
+        pool = dict.fromkeys(region.tags) or control_pool(
+            self.tag_list.parts_of_speech(caption), [self.tags[place] for place in places]
+        )
+        kept = [word for word in pool if draw.random() < 0.5]
         draw.shuffle(kept)
         return kept
-
-    def _tag_targets(self, region: RegionSample) -> Tensor:
-        targets = torch.zeros(len(self.tags))
-        targets[[self.tags[tag.lower()] for tag in region.tags if tag.lower() in self.tags]] = 1
-        return targets
 
     def prompt_labels(self, region: RegionSample) -> Tensor:
         """1, 0 or -1 (unknown) for each attribute prompt, then for each class."""
@@ -397,7 +550,7 @@ class Collate:
         self,
         processor: DynReferProcessor,
         tag_embeds: Tensor,
-        prompt_embeds: Tensor,
+        prompt_embeds: Tensor | None,
         cache: ViewCache | None = None,
         model: DynReferModel | None = None,
     ) -> None:
@@ -423,13 +576,16 @@ class Collate:
         text_ids, text_mask = self.processor.text_ids(captions)
         caption_ids, caption_mask = self.processor.language_ids(captions)
         control_ids, control_mask = self.processor.language_ids([sample["control"] for sample in samples])
+        prompts = {}
+        if self.prompt_embeds is not None:
+            prompts["prompt_embeds"] = self.prompt_embeds
+            prompts["prompt_labels"] = torch.stack([sample["prompts"] for sample in samples])
         return {
             **self._views(samples),
+            **prompts,
             "region_boxes": torch.from_numpy(np.stack([sample["region_boxes"] for sample in samples])),
             "tag_embeds": self.tag_embeds,
             "tag_targets": torch.stack([sample["tags"] for sample in samples]),
-            "prompt_embeds": self.prompt_embeds,
-            "prompt_labels": torch.stack([sample["prompts"] for sample in samples]),
             "caption_text_ids": text_ids,
             "caption_text_mask": text_mask,
             "caption_ids": caption_ids,
@@ -442,25 +598,26 @@ class Collate:
 # -------------------------------------------------------------------- model
 
 
-def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynReferModel:
-    """The model of a recipe with its frozen parts loaded.
+def build_model(settings: ModelSettings) -> DynReferModel:
+    """The model of a recipe with its frozen parts loaded, in `settings.frozen_dtype`.
 
     Raises:
         RecipeError: the sizes do not fit each other or the base models.
         InputError, CheckpointError: a base model, or the model to start from, is missing or damaged.
     """
+    dtype: torch.dtype = getattr(torch, settings.frozen_dtype)
+    if settings.init_from is not None:
+        return _continue_from(settings, settings.init_from).cast_frozen(dtype)
     folders = {part: find_checkpoint(name) for part, name in settings.base_models.items()}
     missing = {"vision", "text", "language"} - set(folders)
     if missing:
         raise RecipeError(f"model.base_models must name {', '.join(sorted(missing))} too")
-    if settings.init_from is not None:
-        return _continue_from(settings, settings.init_from)
     chosen = settings.model_dump(
-        exclude={"init_from", "qformer_width", "qformer_layers", "qformer_heads", "qformer_dropout"}
+        exclude={"init_from", "qformer_from", "frozen_dtype"}
+        | {"qformer_width", "qformer_layers", "qformer_heads", "qformer_dropout"}
     )
-    language_config = load_language_model(folders["language"], dtype=torch.float32, feed_forward_activation="gelu")[
-        0
-    ].config
+    # The loaded one knows whether its output layer is tied; its file may not.
+    language_config = load_language_model(folders["language"], dtype=dtype, feed_forward_activation="gelu")[0].config
     vision_config = load_config(folders["vision"])
     text_config = vision_config if folders["text"] == folders["vision"] else load_config(folders["text"])
     text = getattr(text_config, "text_config", text_config)
@@ -472,14 +629,7 @@ def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynRef
         config = DynReferConfig(
             vision_config=getattr(vision_config, "vision_config", vision_config).to_dict(),
             text_config=text.to_dict(),
-            qformer_config={
-                "hidden_size": settings.qformer_width,
-                "num_hidden_layers": settings.qformer_layers,
-                "num_attention_heads": settings.qformer_heads,
-                "intermediate_size": 4 * settings.qformer_width,
-                "hidden_dropout_prob": settings.qformer_dropout,
-                "attention_probs_dropout_prob": settings.qformer_dropout,
-            },
+            qformer_config=_qformer_config(settings),
             # Where the parts lay on the machine that trained is nobody's business; `base_models` has their names.
             language_config=language_config.to_dict() | {"_name_or_path": ""},
             **chosen,
@@ -489,7 +639,25 @@ def build_model(settings: ModelSettings, seed_from: str | None = None) -> DynRef
         raise
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # of transformers' models, on their sizes
         raise _unfit(error) from None
-    return model.load_base_models()
+    model.cast_frozen(dtype).load_base_models(dtype=dtype)
+    return model if settings.qformer_from is None else initialise_from_blip2(model, settings.qformer_from)
+
+
+def _qformer_config(settings: ModelSettings) -> dict[str, Any]:
+    dropout = {
+        "hidden_dropout_prob": settings.qformer_dropout,
+        "attention_probs_dropout_prob": settings.qformer_dropout,
+    }
+    if settings.qformer_from is not None:
+        blip2 = load_config(find_checkpoint(settings.qformer_from))
+        if hasattr(blip2, "qformer_config"):  # else `initialise_from_blip2` says what it is
+            return blip2.qformer_config.to_dict() | dropout | {"use_qformer_text_input": False}
+    return dropout | {
+        "hidden_size": settings.qformer_width,
+        "num_hidden_layers": settings.qformer_layers,
+        "num_attention_heads": settings.qformer_heads,
+        "intermediate_size": 4 * settings.qformer_width,
+    }
 
 
 def _unfit(error: Exception) -> RecipeError:
@@ -513,7 +681,7 @@ def _continue_from(settings: ModelSettings, name: str) -> DynReferModel:
     """
     model = DynReferModel.from_pretrained(find_dynrefer(name)).float()  # shipped weights are float16
     config = model.config
-    for field in settings.model_fields_set - {"init_from", "base_models"}:
+    for field in settings.model_fields_set - {"init_from", "qformer_from", "frozen_dtype", "base_models"}:
         wanted = getattr(settings, field)
         if field in CHANGEABLE:
             if wanted is not None:
@@ -545,34 +713,34 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
         check_root(recipe.calibration, "calibration")
     model = build_model(recipe.model)
     dataset, index = open_regions(recipe.data, recipe.seed)
+    index = _present(dataset, index, recipe.data.skip_bad)
     if recipe.calibration is not None:
         open_regions(recipe.calibration)
     config: Any = model.config
     if recipe.model.init_from is not None:
         folder = find_dynrefer(recipe.model.init_from)
-        vocabulary = DynReferProcessor.from_pretrained(folder, base_models=config.base_models).vocabulary
+        processor = DynReferProcessor.from_pretrained(folder, base_models=config.base_models)
+        processor.vocabulary = training_vocabulary(recipe.data, dataset, processor.vocabulary)
     else:
-        vocabulary = dataset_vocabulary(dataset, str(recipe.data.root))
-    if not vocabulary.tags and config.tag_loss_weight:
-        raise RecipeError(
-            f"{recipe.data.root} gives no tags to learn; its regions need 'tags', or set model.tag_loss_weight to 0"
+        processor = DynReferProcessor(
+            training_vocabulary(recipe.data, dataset),
+            load_tokenizer(find_checkpoint(recipe.model.base_models["text"])),
+            load_tokenizer(find_checkpoint(recipe.model.base_models["language"])),
+            image_mean=model.vision_tower.mean,
+            image_std=model.vision_tower.std,
         )
-    processor = DynReferProcessor(
-        vocabulary,
-        load_tokenizer(find_checkpoint(recipe.model.base_models["text"])),
-        load_tokenizer(find_checkpoint(recipe.model.base_models["language"])),
-        image_mean=model.vision_tower.mean,
-        image_std=model.vision_tower.std,
-    )
-    prompts = [*vocabulary.prompts, *(CLASS_TEMPLATE.format(name.lower()) for name in vocabulary.classes)]
-    width = config.text_config.projection_dim
-    tag_embeds, prompt_embeds = (
-        model.encode_text(*processor.text_ids(texts)) if texts else torch.zeros(0, width)
-        for texts in (vocabulary.tags, prompts)
-    )
+    vocabulary = processor.vocabulary
+    _check_tags(dataset if recipe.data.format == "controlcap" else (), vocabulary, config, recipe.data.root)
+    tag_embeds = _text_embeds(model, processor, vocabulary.tags)
+    prompt_embeds = None
+    if config.prompt_loss_weight:
+        prompts = [*vocabulary.prompts, *(CLASS_TEMPLATE.format(name.lower()) for name in vocabulary.classes)]
+        prompt_embeds = _text_embeds(model, processor, prompts)
 
     cache = None
     if recipe.data.cache_views is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RecipeError("data.cache_views is for one process; set it to null to train in several")
         if recipe.training.workers:
             raise RecipeError("data.cache_views works in the training process itself; set training.workers to 0")
         if recipe.data.views != "random":
@@ -585,7 +753,7 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
 
     def after_training(_: Any, output: Path) -> None:
         if recipe.calibration is not None:
-            config.calibration = calibrate(DynReferPredictor(model, processor), recipe.calibration)
+            calibrate(DynReferPredictor(model, processor), recipe.calibration)
 
     return TrainingTask(
         model=model,
@@ -594,7 +762,18 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
         save=save,
         after_training=after_training,
         save_frozen=False,
+        # What a checkpoint holds itself must be whole to be saved.
+        shard=model.language_layers() if "language" in config.base_models else (),
     )
+
+
+def _text_embeds(model: DynReferModel, processor: DynReferProcessor, texts: Sequence[str]) -> Tensor:
+    """(V, D) embeddings, some hundred texts at a time: all tags at once would need gigabytes."""
+    pieces = [
+        model.encode_text(*processor.text_ids(texts[start : start + TEXTS_AT_ONCE]))
+        for start in range(0, len(texts), TEXTS_AT_ONCE)
+    ]
+    return torch.cat(pieces) if pieces else torch.zeros(0, model.config.text_config.projection_dim)
 
 
 # -------------------------------------------------------------------- evaluation
@@ -602,13 +781,13 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
 
 def _targets(regions: list[RegionSample], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
     """Labels of tags (R, V) and attributes (R, A; -1 unknown), and class indices (R,; -1 none)."""
-    tags = {tag: k for k, tag in enumerate(vocabulary.tags)}
+    tags = TagList(vocabulary.tags)
     attributes = {attribute.name: k for k, attribute in enumerate(vocabulary.attributes)}
     classes = {name: k for k, name in enumerate(vocabulary.classes)}
-    tag_labels = np.zeros((len(regions), len(tags)), int)
+    tag_labels = np.zeros((len(regions), len(vocabulary.tags)), int)
     attribute_labels = np.full((len(regions), len(attributes)), -1)
     for row, region in enumerate(regions):
-        tag_labels[row, [tags[tag] for tag in region.tags if tag in tags]] = 1
+        tag_labels[row, tags.of(region, map(clean_caption, region.captions))] = 1
         attribute_labels[row, [attributes[a] for a in region.negative_attributes if a in attributes]] = 0
         attribute_labels[row, [attributes[a] for a in region.attributes if a in attributes]] = 1
     category = np.array([classes.get(region.category or "", -1) for region in regions])
@@ -644,27 +823,56 @@ def describe_index(
     return truth, said, image_ids
 
 
-def calibrate(predictor: DynReferPredictor, data: RegionData) -> dict[str, list[float]]:
-    """Fit probability = sigmoid(scale * logit + bias) of tags and attributes, and the temperature of the classes."""
+def calibrate(predictor: DynReferPredictor, data: CalibrationData) -> None:
+    """Set the model's `calibration`, and with `data.tag_thresholds` its `tag_threshold`, from held-out regions.
+
+    Fits probability = sigmoid(scale * logit + bias) of tags and attributes, and the temperature of the classes.
+    """
     model, vocabulary = predictor.model, predictor.processor.vocabulary
     model.config.calibration = {}
     model.eval()
-    truth, said, _ = describe_all(predictor, data, tasks=("tags", "attributes", "category"))
+    lists = {"tags": vocabulary.tags, "attributes": vocabulary.attributes, "category": vocabulary.classes}
+    tasks = tuple(task for task, words in lists.items() if words)
+    truth, said, _ = describe_all(predictor, data, tasks=tasks)
     targets = _targets(truth, vocabulary)
     fitted: dict[str, list[float]] = {}
     for task, field in (("tags", "tag_scores"), ("attributes", "attribute_scores")):
+        if task not in tasks:
+            continue
         scores = np.array([list(getattr(region, field).values()) for region in said])
         logits = _logit(scores)
+        if task == "tags" and data.tag_thresholds:
+            # Nothing is calibrated yet, so these are the raw probabilities that thresholds are compared with.
+            thresholds = pick_thresholds(scores, targets["tags"], vocabulary.tags, data.min_positives)
+            others = model.config.tag_threshold
+            model.config.tag_threshold = {**(others if isinstance(others, dict) else {"*": others}), **thresholds}
         if (targets[task] == 1).any() and (targets[task] == 0).any():
             scaling = fit_platt(logits, targets[task])
             fitted[task] = [scaling.scale, scaling.bias]
     known = targets["category"] >= 0
-    if known.any():
+    if "category" in tasks and known.any():
         scores = np.array([list(region.category_scores.values()) for region in said])[known]
         fitted["category"] = [
             _temperature(torch.from_numpy(scores).clamp_min(1e-12).log(), torch.from_numpy(targets["category"][known]))
         ]
-    return fitted
+    model.config.calibration = fitted
+
+
+def pick_thresholds(
+    scores: np.ndarray, labels: np.ndarray, tags: Sequence[str], min_positives: int
+) -> dict[str, float]:
+    """The threshold of the best F1 of each tag that has enough regions to tell.
+
+    Args:
+        scores, labels: (R, V) raw probabilities, and 0 or 1.
+        tags: the V names.
+        min_positives: a tag of fewer regions has no entry.
+    """
+    return {
+        tag: best_f1_threshold(scores[:, k], labels[:, k]).threshold
+        for k, tag in enumerate(tags)
+        if labels[:, k].sum() >= min_positives
+    }
 
 
 def _logit(probability: np.ndarray) -> np.ndarray:
