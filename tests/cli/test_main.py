@@ -150,8 +150,22 @@ def test_a_signal_leaves_neither_files_nor_processes(
     script = f"from foveate.cli import main\nif __name__ == '__main__': main({arguments})"
     (tmp_path / "script.py").write_text(script)
     run = subprocess.Popen(
-        [sys.executable, "script.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A test run in the background of a shell ignores Ctrl-C, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
+    try:
+        _end(run, tmp_path, number, code, sentence)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def _end(run: subprocess.Popen[str], tmp_path: Path, number: signal.Signals, code: int, sentence: str) -> None:
     for _ in range(1200):
         if any(tmp_path.glob("made/.out.*/VG_100K/*.png")):
             break

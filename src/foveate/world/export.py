@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, starmap
@@ -184,10 +184,12 @@ def _run(
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_follow_the_parent) as pool:
         try:
             # As many at a time as keep the processes busy while the first of them is waited for.
-            ahead = deque(pool.submit(render, *task) for task in islice(tasks, 4 * processes))
+            with _without_interruption():
+                ahead = deque(pool.submit(render, *task) for task in islice(tasks, 4 * processes))
             while ahead:
                 yield ahead.popleft().result()
-                ahead.extend(pool.submit(render, *task) for task in islice(tasks, 1))
+                with _without_interruption():
+                    ahead.extend(pool.submit(render, *task) for task in islice(tasks, 1))
         except BrokenProcessPool as error:
             raise InputError(
                 "a render process ended early: it was killed (out of memory?), or the calling script lacks "
@@ -195,6 +197,19 @@ def _run(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_interruption() -> Generator[None, None, None]:
+    """Ctrl-C waits, and for processes that start here forever: it is this one's to answer, even while they import."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _follow_the_parent() -> None:
