@@ -77,7 +77,7 @@ def describer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Describer:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with forty images."""
-    folder = tmp_path / "work"
+    folder = tmp_path / "photos"
     folder.mkdir()
     monkeypatch.chdir(folder)
     for number in range(40):
@@ -355,7 +355,7 @@ def test_an_error_leaves_no_output(run: Run, describer: Describer, folder: Path,
         (["00.png", "--picture", "p.png", "--no-picture"], "contradict each other"),
         (["00.png", "--picture", "p.txt"], "does not end in one of: .png"),
         (["00.png", "--picture", "00.png"], "00.png is an input and would be overwritten"),
-        (["00.png", "--out", "../work/00.png"], "is an input and would be overwritten"),
+        (["00.png", "--out", "../photos/00.png"], "is an input and would be overwritten"),
         (["00.png", "--out", "."], "is a folder"),
         (["00.png", "01.png", "--mask", "02.png"], "--mask belongs to one image, but 2 are given"),
         (["00.png", "sub/00.png", "--picture", "p"], "two images would both be drawn as p/00-described.png"),

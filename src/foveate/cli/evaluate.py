@@ -7,19 +7,17 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, hide_weight_bars
+from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars
 from foveate.cli.tables import print_evaluation
 
 
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/dynrefer/world.yaml.")],
-    model: Annotated[str, typer.Option("--model", help="Folder of the model, or the name of a shipped one.")],
+    model: ModelName,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as evaluation.data.regions=100.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")
-    ] = None,
+    out: RunFolder = None,
     debug: Debug = False,
 ) -> None:
     """Evaluate a model on the data and by the protocol of a recipe."""

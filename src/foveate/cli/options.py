@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Protocol
 
 import typer
@@ -13,6 +14,9 @@ import typer
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best one by default.")]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what suits.")]
+
+ModelName = Annotated[str, typer.Option("--model", help="Folder of the model, or the name of a shipped one.")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")]
 
 SECONDS_BETWEEN_LOG_LINES = 5.0
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, hide_weight_bars
+from foveate.cli.options import Debug, RunFolder, hide_weight_bars
 from foveate.cli.tables import print_training
 
 
@@ -16,9 +16,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as training.max_steps=200.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")
-    ] = None,
+    out: RunFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     debug: Debug = False,
 ) -> None:

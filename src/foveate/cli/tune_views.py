@@ -7,19 +7,17 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, hide_weight_bars, progress_bar
+from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars, progress_bar
 from foveate.cli.tables import print_tuning
 
 
 def tune_views(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe whose evaluation.data is the labelled split to tune on.")],
-    model: Annotated[str, typer.Option("--model", help="Folder of the model, or the name of a shipped one.")],
+    model: ModelName,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as evaluation.data.split=val.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")
-    ] = None,
+    out: RunFolder = None,
     save: Annotated[
         Path | None, typer.Option("--save", help="New folder for a copy of the model that uses the best views.")
     ] = None,

@@ -65,13 +65,10 @@ class COCO(SampleDataset):
         regions: dict[int, list[RegionRecord]] = {image_id: [] for image_id in images}
         for annotation in top_level_list(path, content, "annotations"):
             try:
-                image_id = get_id(annotation, "image_id")
-                if image_id not in images:
-                    raise BadRecord('"image_id" is the id of no image', image_id)
+                image_id, _, width, height = annotation_image(annotation, images)
                 category_id = get_id(annotation, "category_id")
                 if category_id not in categories:
                     raise BadRecord('"category_id" is the id of no category', category_id)
-                _, width, height = images[image_id]
                 box = annotation_box(annotation, width, height)
                 if is_empty(box):
                     log.dropped["empty box"] += 1
@@ -94,9 +91,7 @@ class COCO(SampleDataset):
             return captions
         for annotation in top_level_list(path, read_json(path, dict), "annotations"):
             try:
-                image_id = get_id(annotation, "image_id")
-                if image_id not in images:
-                    raise BadRecord('"image_id" is the id of no image', image_id)
+                image_id, *_ = annotation_image(annotation, images)
                 captions[image_id] = (*captions.get(image_id, ()), get_text(annotation, "caption").strip())
             except BadRecord as error:
                 log.bad(path, f"annotation {name_of(annotation, 'id')}", error)
@@ -134,6 +129,18 @@ def read_categories(path: Path, content: dict[str, Any], log: RecordLog) -> dict
         except BadRecord as error:
             log.bad(path, f"category {name_of(category, 'id')}", error)
     return categories
+
+
+def annotation_image(annotation: Any, images: dict[int, tuple[str, int, int]]) -> tuple[int, str, int, int]:
+    """Id, file name, width and height of the image that an annotation belongs to.
+
+    Raises:
+        BadRecord: "image_id" is missing, no whole number, or the id of none of `images`.
+    """
+    image_id = get_id(annotation, "image_id")
+    if image_id not in images:
+        raise BadRecord('"image_id" is the id of no image', image_id)
+    return image_id, *images[image_id]
 
 
 def annotation_box(annotation: Any, width: int, height: int) -> Box:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import marshal
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,8 +73,9 @@ class SampleDataset(Sequence[ImageSample]):
         if not self._records:
             raise InputError(f"{self.root}: the {self.format} split {split!r} has no usable image.")
 
+    @abstractmethod
     def _read(self, log: RecordLog) -> Iterator[ImageRecord]:
-        raise NotImplementedError
+        """The images of the split with their regions, broken records told to `log`."""
 
     def __len__(self) -> int:
         return len(self._records)

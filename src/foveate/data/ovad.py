@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from foveate.data.boxes import is_empty
-from foveate.data.coco import annotation_box, read_categories, read_images, top_level_list
+from foveate.data.coco import annotation_box, annotation_image, read_categories, read_images, top_level_list
 from foveate.data.dataset import ImageRecord, RegionRecord, SampleDataset
 from foveate.data.records import BadRecord, RecordLog, get_id, get_list, get_text, name_of, read_json
 from foveate.errors import InputError
@@ -54,10 +54,7 @@ class OVAD(SampleDataset):
         regions: dict[int, list[RegionRecord]] = {image_id: [] for image_id in images}
         for annotation in top_level_list(path, content, "annotations"):
             try:
-                image_id = get_id(annotation, "image_id")
-                if image_id not in images:
-                    raise BadRecord('"image_id" is the id of no image', image_id)
-                _, width, height = images[image_id]
+                image_id, _, width, height = annotation_image(annotation, images)
                 box = annotation_box(annotation, width, height)
                 if is_empty(box):
                     log.dropped["empty box"] += 1

@@ -11,7 +11,14 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from foveate.data.boxes import Box, is_empty
-from foveate.data.coco import annotation_box, read_categories, read_images, region_record, top_level_list
+from foveate.data.coco import (
+    annotation_box,
+    annotation_image,
+    read_categories,
+    read_images,
+    region_record,
+    top_level_list,
+)
 from foveate.data.dataset import ImageRecord, RegionRecord, SampleDataset
 from foveate.data.records import BadRecord, RecordLog, get_id, get_text, name_of, read_json
 from foveate.data.text import clean_caption
@@ -66,10 +73,7 @@ class RefCOCOg(SampleDataset):
         photographs: dict[str, dict[Any, RegionRecord]] = {name: {} for name, _, _ in images.values()}
         for annotation in top_level_list(path, content, "annotations"):
             try:
-                image_id = get_id(annotation, "image_id")
-                if image_id not in images:
-                    raise BadRecord('"image_id" is the id of no image', image_id)
-                name, width, height = images[image_id]
+                image_id, name, width, height = annotation_image(annotation, images)
                 box = annotation_box(annotation, width, height)
                 if is_empty(box):
                     log.dropped["empty box"] += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.data.boxes import Box, is_empty, xyxy_to_xywh
-from foveate.data.coco import annotation_box, read_images, top_level_list
+from foveate.data.coco import annotation_box, annotation_image, read_images, top_level_list
 from foveate.data.dataset import ImageRecord, RegionRecord, SampleDataset
 from foveate.data.records import BadRecord, RecordLog, get, get_id, get_list, get_number, get_text, name_of, read_json
 from foveate.data.text import clean_caption
@@ -47,10 +47,7 @@ class RegionFile(SampleDataset):
         regions: dict[int, list[RegionRecord]] = {image_id: [] for image_id in images}
         for annotation in top_level_list(path, content, "annotations"):
             try:
-                image_id = get_id(annotation, "image_id")
-                if image_id not in images:
-                    raise BadRecord('"image_id" is the id of no image', image_id)
-                _, width, height = images[image_id]
+                image_id, _, width, height = annotation_image(annotation, images)
                 box = annotation_box({"bbox": list(xyxy_to_xywh(_box(annotation)))}, width, height)
                 caption = clean_caption(get_text(annotation, "caption"))
                 if is_empty(box) or not caption:

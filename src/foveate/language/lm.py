@@ -88,6 +88,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, entries: int, what: str) -> None:
+    """Refuses a tokenizer that gives ids beyond the `entries` of the embedding that reads them.
+
+    Raises:
+        CheckpointError: it does; the sentence begins with `what` it is ("the tokenizer of clip-world").
+    """
+    if len(tokenizer) > entries:
+        raise CheckpointError(
+            f"{what} has {len(tokenizer)} entries, but its model has {entries}; they are of different models, copy "
+            "both again."
+        )
+
+
 def load_text_encoder(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> CLIPTextModelWithProjection:
     """Load the text tower of a CLIP checkpoint (whole or text part only) with its projection, in evaluation mode.
 

@@ -6,6 +6,7 @@ a resume. Here the sampler hands the dataset a `SampleKey`, and the dataset draw
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -43,19 +44,19 @@ class SampleRandom:
         return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-class SeededDataset(Dataset[Any]):
+class SeededDataset(Dataset[Any], ABC):
     """A map-style dataset whose samples are drawn with a `SampleRandom`.
 
     Subclasses write `__len__` and `sample`; `dataset[i]` gives sample i of epoch 0 with seed 0, the trainer's sampler
     asks with full keys.
     """
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def sample(self, index: int, random: SampleRandom) -> Any:
         """Sample `index` (0 <= index < len), with every random choice taken from `random`."""
-        raise NotImplementedError
 
     def __getitem__(self, key: SampleKey | int) -> Any:
         key = key if isinstance(key, SampleKey) else SampleKey(0, 0, key)

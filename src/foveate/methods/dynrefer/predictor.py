@@ -22,6 +22,7 @@ from torch import Tensor
 
 from foveate.checkpoints import WEIGHTS
 from foveate.errors import CheckpointError, InputError
+from foveate.language.lm import check_tokenizer
 from foveate.language.pretrained import first_line
 from foveate.language.words import check_words
 from foveate.ops.boxes import validate_boxes
@@ -165,11 +166,7 @@ class DynReferPredictor:
             ("text", processor.text_tokenizer, config.text_config.vocab_size),
             ("language", processor.language_tokenizer, config.language_config.vocab_size),
         ):
-            if len(tokenizer) > entries:
-                raise CheckpointError(
-                    f"the {part} tokenizer of {folder} has {len(tokenizer)} entries, but its model has {entries}; "
-                    "they are of different models, copy the checkpoint again"
-                )
+            check_tokenizer(tokenizer, entries, f"the {part} tokenizer of {folder}")
         if folder.parent == WEIGHTS:
             warnings.warn(
                 f"{folder.name} knows the rendered world only, nothing of photographs; for those, convert the "

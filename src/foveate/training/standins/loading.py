@@ -9,7 +9,7 @@ import torch
 
 from foveate.checkpoints import find_checkpoint, read_config
 from foveate.errors import CheckpointError, InputError
-from foveate.language.lm import load_tokenizer
+from foveate.language.lm import check_tokenizer, load_tokenizer
 from foveate.language.pretrained import load_complete
 
 
@@ -35,9 +35,5 @@ def load_stand_in(model_class: Any, name: str | os.PathLike[str]) -> tuple[Any, 
     if broken:
         raise CheckpointError(f"{folder} has weights that are not finite, such as {broken[0]}; copy it again.")
     tokenizer = load_tokenizer(folder)
-    entries = model.config.get_text_config().vocab_size
-    if len(tokenizer) > entries:
-        raise CheckpointError(
-            f"the tokenizer of {folder} has {len(tokenizer)} entries, but its model has {entries}; copy both again."
-        )
+    check_tokenizer(tokenizer, model.config.get_text_config().vocab_size, f"the tokenizer of {folder}")
     return model, tokenizer
