@@ -253,6 +253,21 @@ def test_relations_hold_between_describable_objects() -> None:
     assert seen == set(relation_predicates())
 
 
+def test_what_stands_lower_is_in_front() -> None:
+    """Flat drawings do not say which of two covers the other; where they stand does, as in a photograph."""
+    differences = []
+    for scene in render_scenes(500, 60):
+        for instance in scene.instances:
+            for relation in instance.relations:
+                other = scene.instances[relation.object_index]
+                lower = (instance.box[3] - other.box[3]) / (other.box[3] - other.box[1])
+                if relation.predicate in ("in front of", "behind"):
+                    differences.append(lower if relation.predicate == "in front of" else -lower)
+    assert len(differences) > 30
+    assert min(differences) > 0
+    assert np.median(differences) > 0.2
+
+
 def test_most_described_objects_have_a_relation() -> None:
     described = [item for scene in sample() for item in scene.instances if item.describable]
     assert sum(bool(item.relations) for item in described) >= 0.75 * len(described)

@@ -132,7 +132,8 @@ def render_scene(seed: int, size: int | tuple[int, int] = 256, objects: tuple[in
     draw = np.random.default_rng([seed, 0])
     background = list(BACKGROUNDS)[int(draw.integers(len(BACKGROUNDS)))]
     image = render_background(background, width, height, draw)
-    placed = _place_objects(draw, image, int(draw.integers(low, high + 1)))
+    # As on a ground that is seen from a little above, what stands lower is nearer and covers what stands higher.
+    placed = sorted(_place_objects(draw, image, int(draw.integers(low, high + 1))), key=lambda item: item.box[3])
     owner = np.full((height, width), -1, np.int16)
     areas = np.zeros(len(placed), int)
     hidden = np.zeros((len(placed), len(placed)), int)  # [front, back]: pixels of `back` that `front` covered first
@@ -290,9 +291,10 @@ def _position(
         near = min(max(w, h), max(x1 - x0, y1 - y0))
         gap = (draw.uniform(-0.42, -0.28) if draw.random() < 0.35 else draw.uniform(0.02, 0.4)) * near
         side = int(draw.integers(4))
-        if side < 2:  # left, right: the centres nearly level
+        if side < 2:  # left, right: the centres nearly level; where they overlap, one stands plainly lower
             x = x0 - gap - w if side == 0 else x1 + gap
-            y = (y0 + y1 - h) / 2 + draw.uniform(-0.25, 0.25) * near
+            level = (y0 + y1 - h) / 2 + draw.uniform(-0.25, 0.25) * near
+            y = level if gap > 0 else y1 - h + draw.choice([-1, 1]) * draw.uniform(0.12, 0.35) * near
         else:  # above, below
             y = y0 - gap - h if side == 2 else y1 + gap
             x = (x0 + x1 - w) / 2 + draw.uniform(-0.25, 0.25) * near
