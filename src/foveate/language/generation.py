@@ -147,7 +147,8 @@ def generate_finite(
         ends = _end_tokens(model)
         if min_length > 0 and len(ends) > 0:
             processors.append(MinLengthLogitsProcessor(min_length, ends.tolist(), device=str(inputs_embeds.device)))
-    if repetition_penalty != 1.0:  # as a setting of generate() it warns that a prompt of embeddings has no ids
+    if repetition_penalty != 1.0:
+        # As a setting of generate() it would spare as many tokens as a row of embeddings is padded on the left.
         processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

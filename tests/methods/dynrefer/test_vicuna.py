@@ -213,7 +213,7 @@ def test_convert_state_dict_by_the_kind_of_its_keys() -> None:
         {"llm_proj.weight": weight, "llm_model.lm_head.weight": weight, "llm_model.layers.0.rotary.inv_freq": weight[0]}
     )
     assert set(converted) == {"llm_proj.weight", "language_model.lm_head.weight"}
-    with pytest.raises(CheckpointError, match=r"1 keys are not DynRefer.s: t5_model\.shared\.weight"):
+    with pytest.raises(CheckpointError, match=r"1 keys are not DynRefer's: t5_model\.shared\.weight"):
         convert_state_dict({"llm_proj.weight": weight, "t5_model.shared.weight": weight})
 
 
