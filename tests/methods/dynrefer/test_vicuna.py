@@ -210,9 +210,16 @@ def test_weights_of_the_other_variant(files: Any, official_files: Any, tmp_path:
 def test_convert_state_dict_by_the_kind_of_its_keys() -> None:
     weight = torch.ones(2, 2)
     converted = convert_state_dict(
-        {"llm_proj.weight": weight, "llm_model.lm_head.weight": weight, "llm_model.layers.0.rotary.inv_freq": weight[0]}
+        {
+            "text.transformer.resblocks.0.attn.in_proj_weight": torch.ones(6, 2),
+            "llm_proj.weight": weight,
+            "llm_model.lm_head.weight": weight,
+            "llm_model.model.layers.0.self_attn.rotary_emb.inv_freq": weight[0],
+        }
     )
-    assert set(converted) == {"llm_proj.weight", "language_model.lm_head.weight"}
+    ours = {key for key in converted if not key.startswith("text_encoder.")}
+    assert ours == {"llm_proj.weight", "language_model.lm_head.weight"}
+    assert len(converted) == 5
     with pytest.raises(CheckpointError, match=r"1 keys are not DynRefer's: t5_model\.shared\.weight"):
         convert_state_dict({"llm_proj.weight": weight, "t5_model.shared.weight": weight})
 

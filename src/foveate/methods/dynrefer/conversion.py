@@ -197,10 +197,10 @@ def _translate(
         projection = _IN_PROJECTION.match(key)
         renamed = key if _SAME.match(key) else _renamed(key, rules.from_official)
         if projection:
-            layer, kind = projection.groups()
+            layer, what = projection.groups()
             thirds = value.tensor_split(3) if value.ndim else [value] * 3
             for name, third in zip("qkv", thirds, strict=True):
-                target = f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{name}_proj.{kind}"
+                target = f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{name}_proj.{what}"
                 converted[target], names[target] = third.clone(), key
         elif key == _TEXT_PROJECTION[0]:
             converted[_TEXT_PROJECTION[1]] = value.T.contiguous() if value.ndim == 2 else value
