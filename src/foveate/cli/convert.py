@@ -32,8 +32,13 @@ def _convert() -> None:
 @app.command()
 def dynrefer(
     official: Annotated[Path, typer.Argument(help="The released file, such as vg1.2_5e.pth.")],
-    base: Annotated[str, typer.Option("--base", help="BLIP-2: a folder, or Salesforce/blip2-flan-t5-xl.")],
+    base: Annotated[
+        str, typer.Option("--base", help="BLIP-2: Salesforce/blip2-flan-t5-xl, or a folder of one with T5 or Vicuna.")
+    ],
     text: Annotated[str, typer.Option("--text", help="eva_clip_psz14.pt, or a CLIP folder or hub name.")],
+    language: Annotated[
+        str | None, typer.Option("--language", help="Language model in place of the base's: folder or hub name.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must be new or empty.")] = None,
     tags: Annotated[Path | None, typer.Option("--tags", help="Tag list, one a line: ram_tag_list.txt.")] = None,
     attributes: Annotated[
@@ -59,7 +64,7 @@ def dynrefer(
     from foveate.methods.dynrefer.conversion import check_checkpoint, convert_checkpoint
 
     if check:
-        _print(check_checkpoint(official, base=base, text=text))
+        _print(check_checkpoint(official, base=base, language=language, text=text))
         return
     for name, value, what in (("--out", out, "the folder to write"), ("--tags", tags, "the tag list")):
         if value is None:
@@ -70,6 +75,7 @@ def dynrefer(
         result = convert_checkpoint(
             official,
             base=base,
+            language=language,
             text=text,
             tags=tags,
             out=out,
