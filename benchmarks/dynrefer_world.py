@@ -5,9 +5,10 @@
     python benchmarks/dynrefer_world.py ablations   # trains the variants (minutes each on 2 cores), prints a table
 
 Curve and selection are those of the shipped model, or of --model. View 1 stays the region. In the curve every other
-view is taken at one t, so that at t = 0 the model sees nothing but the region. What t's drawn at random are worth is
-the mean of --draws draws, each for all regions. A variant of the ablations that was trained before is reused; delete
-its folder under --runs to train it again. Weights trained on the rendered world say nothing about photographs.
+view is taken at one t, so that at t = 0 the model sees nothing but the region; then only the second view moves. What
+t's drawn at random are worth is the mean of --draws draws, each for all regions. A variant of the ablations that was
+trained before is reused; delete its folder under --runs to train it again. Weights trained on the rendered world say
+nothing about photographs.
 """
 
 from __future__ import annotations
@@ -125,14 +126,25 @@ def curve(model: str, regions: int, console: Console, picture: Path) -> dict[str
     sweep = track(SWEEP, "views", console=console)
     rows = sweep_views(measured, TASKS, predictor.model.config.num_views, coefficients=sweep)
     chance = relation_chance(regions)
-    table = Table("t", *METRICS.values(), title=f"{model}: all context views at t, {regions} unseen regions")
-    for t, row in zip(SWEEP, rows, strict=True):
-        table.add_row(f"{t:.1f}", *(f"{row[metric]:.3f}" for metric in METRICS))
-    console.print(table)
+    policy = predictor.model.config.view_policy
+    further = {task: list(policy[task])[1:] for task in TASKS if not isinstance(policy.get(task, ""), str)}
+    second = [
+        measured({task: [t, *own] for task, own in further.items()})
+        for t in track(SWEEP if any(further.values()) else (), "second view", console=console)
+    ]
+    for what, measurements in (("all context views at t", rows), ("second view at t, others the model's own", second)):
+        if measurements:
+            table = Table("t", *METRICS.values(), title=f"{model}: {what}, {regions} unseen regions")
+            for t, row in zip(SWEEP, measurements, strict=True):
+                table.add_row(f"{t:.1f}", *(f"{row[metric]:.3f}" for metric in METRICS))
+            console.print(table)
     console.print(f"relation word by chance (always the most frequent one): {chance:.3f}")
     shown = [metric for metric in METRICS if metric != "cider"]
+    lines = {METRICS[metric]: (SWEEP, [row[metric] for row in rows]) for metric in shown}
+    if second:
+        lines["relation word, only the second view at t"] = (SWEEP, [row["relation_word_accuracy"] for row in second])
     chart = line_chart(
-        {METRICS[metric]: (SWEEP, [row[metric] for row in rows]) for metric in shown},
+        lines,
         title=f"{model}: the region and what surrounds it",
         x_label="t of the context views (0: the region itself, 1: the whole image)",
         y_label="accuracy / mAP",
@@ -146,6 +158,7 @@ def curve(model: str, regions: int, console: Console, picture: Path) -> dict[str
         "regions": regions,
         "t": SWEEP,
         "curves": {metric: [row[metric] for row in rows] for metric in METRICS},
+        "second_view": {metric: [row[metric] for row in second] for metric in METRICS},
         "relation_chance": chance,
     }
 
