@@ -60,8 +60,7 @@ class Turn:
 
 _CHATML = "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n"
 _LLAMA3 = (
-    "<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 
 TEMPLATES: dict[str, ChatTemplate] = {

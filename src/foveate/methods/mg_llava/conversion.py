@@ -46,7 +46,9 @@ _POSITION_IDS = re.compile(r"^visual_encoder\.(vision_model\.)?embeddings\.posit
 """A constant that older files of CLIP repeat."""
 _HEADS = re.compile(r"^(visual\.trunk\.(head|norm)\.|visual\.head\.|head\.|norm\.|norm_pre\.)")
 """What comes after the last stage: the norm and head of a classifier or of CLIP's embedding."""
-_TEXT = re.compile(r"^(transformer|token_embedding|ln_final|text)\.|^(positional_embedding|text_projection|logit_scale)$")
+_TEXT = re.compile(
+    r"^(transformer|token_embedding|ln_final|text)\.|^(positional_embedding|text_projection|logit_scale)$"
+)
 """The text tower of a whole open_clip model."""
 
 

@@ -108,6 +108,12 @@ class VisualTokens:
         ]
         return torch.cat(pieces)
 
+    def take(self, numbers: Sequence[int]) -> VisualTokens:
+        """The pictures of these numbers, in their order."""
+        rows = list(numbers)
+        gate = None if self.gate is None else self.gate[rows]
+        return VisualTokens(self.image[rows], tuple(self.objects[number] for number in rows), gate)
+
     @staticmethod
     def join(parts: Sequence[VisualTokens]) -> VisualTokens:
         """The pictures of all parts, in order."""
@@ -167,9 +173,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         dims = config.high_res_config.hidden_sizes
         self.vision_tower = build_tower(config.vision_config)
         if config.sees_high_res:
-            self.high_res_tower = HighResTower(
-                config.high_res_config, legacy_train_mode=config.legacy_tower_train_mode
-            )
+            self.high_res_tower = HighResTower(config.high_res_config, legacy_train_mode=config.legacy_tower_train_mode)
         fusion = _FUSIONS.get(config.fusion)
         if fusion is not None:
             mined = sum(dims) if config.patch_info_stages == "all" else dims[-1]
@@ -530,9 +534,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             visual = self.encode(pixel_values, pixel_values_aux, _split_boxes(boxes, box_counts))
         visuals = self._by_placeholder(input_ids, attention_mask, visual, visual_counts)
         inputs = self.assemble(input_ids, attention_mask, visuals, left_padding=True)
-        processors = LogitsProcessorList(
-            [FiniteLogits(self.language_model), *settings.pop("logits_processor", ())]
-        )
+        processors = LogitsProcessorList([FiniteLogits(self.language_model), *settings.pop("logits_processor", ())])
         return self.language_model.generate(
             inputs_embeds=inputs.inputs_embeds,
             attention_mask=inputs.attention_mask,
