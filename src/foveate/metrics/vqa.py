@@ -47,7 +47,7 @@ _CONTRACTIONS = dict(
     wouldnt've:wouldn't've wouldn'tve:wouldn't've yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've
     y'alld've:y'all'd've y'all'dve:y'all'd've youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're
     youve:you've
-    """.split()
+    """.split()  # noqa: SIM905 (a hundred lines less)
 )
 
 _LETTERS = re.compile("[A-D]+")
@@ -170,8 +170,8 @@ def circular_accuracy(
     names = ["all"] * len(indices) if categories is None else list(categories)
     if not len(indices) == len(correct) == len(names) or not len(indices):
         raise InputError(
-            f"{len(indices)} indices, {len(correct)} verdicts and {len(names)} categories are given; each row needs one "
-            "of each, and there must be rows."
+            f"{len(indices)} indices, {len(correct)} verdicts and {len(names)} categories are given; each row needs "
+            "one of each, and there must be rows."
         )
     right: dict[int, bool] = {}
     category: dict[int, str] = {}

@@ -1,1 +1,1 @@
-"""MG-LLaVA: ask about an image or a video seen at three grains: low resolution, high resolution, objects (arXiv 2406.17770)."""
+"""MG-LLaVA: ask about an image or a video seen at three grains, two resolutions and objects (arXiv 2406.17770)."""

@@ -104,7 +104,7 @@ class CrossAttention(nn.Module):
         self.value = nn.Sequential(nn.LayerNorm(context), nn.Linear(context, width))
 
     def forward(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(..., Q, w) queries and (..., M, c) context -> (..., Q, w); where `mask` (..., M) is False nothing is seen."""
+        """(..., Q, w) queries and (..., M, c) context, real where `mask` (..., M) is True -> (..., Q, w)."""
         context = context.to(queries.dtype)
         allowed = None if mask is None else mask[..., None, :]
         attended = F.scaled_dot_product_attention(

@@ -332,10 +332,8 @@ def sample_frames(total: int, wanted: int) -> list[int]:
 def _short_side(values: Tensor, side: int) -> Tensor:
     """(3, H, W) -> (3, side, side): the short side resized (bilinear, no antialiasing), the centre cropped."""
     height, width = values.shape[-2:]
-    if width <= height:
-        size = (int(height * side / width), side)
-    else:
-        size = (side, int(width * side / height))
+    long = int(max(height, width) * side / min(height, width))
+    size = (long, side) if width <= height else (side, long)
     resized = F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
     top, left = (size[0] - side) // 2, (size[1] - side) // 2
     return resized[:, top : top + side, left : left + side].contiguous()
