@@ -26,8 +26,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # The official pattern means to spare full stops after a digit, but its look-behind is misspelt: every one goes that no
 # digit follows. Its flag is given in the place of a count, so that it stops after 32.
 _FULL_STOP, _FULL_STOPS = re.compile(r"\.(?!\d)"), 32
-_CONTRACTIONS = dict(
-    pair.split(":")
+_CONTRACTIONS: dict[str, str] = {
+    pair.partition(":")[0]: pair.partition(":")[2]
     for pair in """
     aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
     didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't
@@ -48,7 +48,7 @@ _CONTRACTIONS = dict(
     y'alld've:y'all'd've y'all'dve:y'all'd've youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're
     youve:you've
     """.split()  # noqa: SIM905 (a hundred lines less)
-)
+}
 
 _LETTERS = re.compile("[A-D]+")
 _LONE_LETTER = re.compile(r"(?<![A-Za-z])([A-Z])(?![A-Za-z])")

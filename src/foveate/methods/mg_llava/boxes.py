@@ -77,7 +77,7 @@ def prepare_boxes(
     ratings = np.asarray(scores, dtype=np.float64)
     if not (np.isfinite(given).all() and np.isfinite(ratings).all()):
         raise InputError("boxes and their scores must be finite numbers; leave out those that are not.")
-    shifted = given
+    shifted, names = given, list(labels)
     if pad_to_square:
         x, y = square_offset(width, height)
         shifted = given + np.array([x, y, x, y], dtype=np.float64)
@@ -95,12 +95,12 @@ def prepare_boxes(
     start = np.array([(int(width * factor) - canvas) // 2, (int(height * factor) - canvas) // 2])
     lower = np.maximum(scaled[:, :2] - start, 0)
     upper = np.minimum(scaled[:, 2:] - start, canvas)
-    inside = (upper >= 0).all(axis=1) & (lower <= canvas).all(axis=1)
-    kept = [source for source, stays in zip(order, inside, strict=True) if stays]
+    inside = np.logical_and((upper >= 0).all(axis=1), (lower <= canvas).all(axis=1))
+    kept = [source for source, stays in zip(order, inside.tolist(), strict=True) if stays]
     if not kept:
         return PreparedBoxes(np.array([DUMMY], dtype=np.float32), (), ())
     placed = np.concatenate([lower, upper], axis=1)[inside].astype(np.float32)
-    return PreparedBoxes(placed, tuple(labels[source] for source in kept), tuple(kept))
+    return PreparedBoxes(placed, tuple(names[source] for source in kept), tuple(kept))
 
 
 def _suppress(boxes: np.ndarray, labels: Sequence[str], scores: np.ndarray, iou: float) -> list[int]:

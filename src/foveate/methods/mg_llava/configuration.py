@@ -209,7 +209,7 @@ class MGLlavaConfig(PreTrainedConfig):
         return {"all": sum(dims), "multi_level": self.vision_config.hidden_size, "last": dims[-1]}[self.object_levels]
 
 
-CLIP_L_336 = {
+CLIP_L_336: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -219,7 +219,7 @@ CLIP_L_336 = {
     "projection_dim": 768,
 }
 """openai/clip-vit-large-patch14-336 (spec 2.1)."""
-CONVNEXT_L = {
+CONVNEXT_L: dict[str, Any] = {
     "hidden_sizes": [192, 384, 768, 1536],
     "depths": [3, 3, 27, 3],
     "num_channels": 3,

@@ -28,10 +28,11 @@ class ConvRefinement(nn.Module):
         """Zero projections: a fresh module leaves the low-resolution tokens exactly as they are."""
         for conv in (self.slow_conv, self.fast_conv):
             nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
         for projection in (self.slow_proj, self.fast_proj):
             nn.init.zeros_(projection.weight)
-            nn.init.zeros_(projection.bias)
+        for conv in (self.slow_conv, self.fast_conv, self.slow_proj, self.fast_proj):
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
 
     def refine(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, l) tokens and (B, h, g, g) map -> L' and H', both (B, N, l)."""

@@ -371,7 +371,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         Raises:
             InputError: more or fewer placeholders than visuals.
         """
-        embedding = self.get_input_embeddings()
+        embedding: Any = self.get_input_embeddings()
         device = embedding.weight.device
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
