@@ -67,7 +67,7 @@ class Answer:
     finish: str
     tokens: int
     boxes: tuple[tuple[Box, ...], ...] = ()
-    gate: tuple[float, ...] = ()
+    gate: tuple[float, ...] = field(default=(), compare=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
@@ -184,6 +184,8 @@ class MGLlavaPredictor:
             InputError: a picture, box, question or option is wrong; the sentence says which.
             CheckpointError: the model gives non-finite numbers.
         """
+        if not isinstance(questions, str | list | tuple):
+            raise InputError(f"a question must be a text, or a list of them, not {questions!r:.80}.")
         single = isinstance(questions, str) and not isinstance(images, list)
         asked = [questions] if isinstance(questions, str) else list(questions)
         many = isinstance(images, list)
