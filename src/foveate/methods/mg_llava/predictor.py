@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ class MGLlavaPredictor:
     Args:
         model: in eval mode, on its device.
         processor: saved beside it.
-        proposer: gives the boxes of pictures that come without: any function of a PIL image, for instance
-            `foveate.vision.tagging.BoxPipeline`; None for no boxes.
+        proposer: gives the boxes of pictures that come without: any function of a PIL image that gives what
+            `BoxRecord.parse` takes; None for no boxes.
     """
 
     def __init__(
@@ -399,7 +399,7 @@ class Conversation:
             pass
         return self.turns[-1][1]
 
-    def stream(self, question: str, **generation: Any) -> Iterator[str]:
+    def stream(self, question: str, **generation: Any) -> Generator[str, None, None]:
         """The answer piece by piece; the turn is done when the last has been taken.
 
         A stream that is given up early ends the answer there; what was said stays said.
@@ -407,7 +407,7 @@ class Conversation:
         sampling, stops = self.predictor._sampling({**self._generation, **generation})
         return self._stream(question, sampling, stops)
 
-    def _stream(self, question: str, sampling: Sampling, stops: Sequence[str]) -> Iterator[str]:
+    def _stream(self, question: str, sampling: Sampling, stops: Sequence[str]) -> Generator[str, None, None]:
         if self._speaker == threading.get_ident():
             raise InputError("the answer before is still being streamed; take the rest of it, or close it.")
         with self._lock:
