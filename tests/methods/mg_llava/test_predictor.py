@@ -17,7 +17,9 @@ from foveate.errors import CheckpointError, InputError
 from foveate.language.templates import TEMPLATES, encode_turns
 from foveate.methods.mg_llava.predictor import Answer, MGLlavaPredictor
 from foveate.methods.mg_llava.processing import MGLlavaProcessor
+from foveate.ops.boxes import box_iou
 from foveate.vision.video import Video
+from foveate.world.scenes import render_scene
 
 Picture = Callable[..., Image.Image]
 
@@ -235,6 +237,18 @@ def test_a_proposer_gives_the_boxes(picture: Picture) -> None:
     assert answer.boxes == (((2, 2, 20, 22), (30, 5, 58, 39)),)
     assert predictor.ask(picture(), "What?", boxes=[]).boxes == ((),)
     assert len(asked) == 1
+
+
+def test_a_shipped_proposer_finds_the_objects_of_a_rendered_scene(folder: Path, tmp_path: Path) -> None:
+    scene = render_scene(9_900_001, 128)
+    predictor = foveate.load(folder, device="cpu", proposer="proposer-world")
+    (found,) = predictor.ask(scene.image, "What?").boxes
+    assert 1 <= len(found) <= 100
+    drawn = torch.tensor([thing.box for thing in scene.instances], dtype=torch.float32)
+    assert box_iou(drawn, torch.tensor(found)).amax(dim=1).median() > 0.5
+    (tmp_path / "boxes.json").write_text("[]")
+    with pytest.raises(InputError, match="give each picture's with `boxes`"):
+        foveate.load(folder, device="cpu", proposer=tmp_path / "boxes.json")
 
 
 def test_a_folder_is_loaded_by_name_and_read_back(folder: Path, picture: Picture) -> None:
