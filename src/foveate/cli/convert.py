@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,12 +21,6 @@ app = typer.Typer(
 )
 
 SHOWN_KEYS = 8
-
-
-@app.callback()
-def _convert() -> None:
-    # With a callback, typer keeps `dynrefer` a verb of its own although it is the only one.
-    pass
 
 
 @app.command()
@@ -91,8 +85,66 @@ def dynrefer(
     print(f"model: {result.folder}")
 
 
+@app.command("mg_llava")
+def mg_llava(
+    official: Annotated[Path, typer.Argument(help="The released folder, such as Vicuna-7B, or its iter_*.pth.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must be new or empty.")] = None,
+    llm: Annotated[
+        str | None, typer.Option("--llm", help="Folder or hub name of the base language model; known by the folder.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option("--clip", help="CLIP of the low resolution; ViT-L/14-336.")] = None,
+    convnext: Annotated[
+        str | None, typer.Option("--convnext", help="ConvNeXt: file, folder or hub name, open_clip or timm layout.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="vicuna, phi3_chat, llama3_chat or qwen_chat; known by the model.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as in the files.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only compare the files; write nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Convert the released MG-LLaVA weights.
+
+    Every key is used or named; missing, unknown and misshapen ones are one error. docs/convert.md says which files
+    are needed and where they come from.
+    """
+    from foveate.methods.mg_llava.conversion import CLIP, CONVNEXT, convert_checkpoint
+
+    if out is None and not check:
+        raise InputError("--out is missing; give the folder to write, or --check to compare the files only.")
+    with progress_bar("tensors") as progress:
+        result = convert_checkpoint(
+            official,
+            out=None if check else out,
+            llm=llm,
+            clip=clip or CLIP,
+            convnext=convnext or CONVNEXT,
+            template=template,
+            dtype=dtype,
+            progress=progress,
+        )
+    _print_parts(result)
+    config = result.config
+    print(
+        f"{config.fusion}, objects {config.objects}, {config.num_image_tokens} tokens an image, "
+        f"{config.low_res_size} and {config.high_res_size} px, template {config.template}"
+    )
+    _print_unused(result)
+    if result.folder is not None:
+        print(f"model: {result.folder}")
+
+
 def _print(result: Conversion) -> None:
     """A row per part, and what was not used of each source."""
+    _print_parts(result)
+    config = result.config
+    print(f"{config.num_views} views of {config.image_size} px, {config.num_query_tokens} queries")
+    _print_unused(result)
+
+
+def _print_parts(result: Any) -> None:
     rows = [("part", "from", "tensors", "parameters", "dtype")]
     rows += [(part.name, part.source, f"{part.tensors:,}", f"{part.parameters:,}", part.dtype) for part in result.parts]
     total = sum(part.tensors for part in result.parts), sum(part.parameters for part in result.parts)
@@ -101,8 +153,9 @@ def _print(result: Conversion) -> None:
     for name, source, tensors, parameters, dtype in rows:
         line = f"{name:<{wide[0]}}  {source:<{wide[1]}}  {tensors:>{wide[2]}}  {parameters:>{wide[3]}}  {dtype}"
         print(line.rstrip())
-    config = result.config
-    print(f"{config.num_views} views of {config.image_size} px, {config.num_query_tokens} queries")
+
+
+def _print_unused(result: Any) -> None:
     for source, keys in result.unused.items():
         if keys:
             more = ", ... (manifest.json has all)" if len(keys) > SHOWN_KEYS else ""

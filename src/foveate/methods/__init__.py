@@ -68,6 +68,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "dynrefer": Method("foveate.methods.dynrefer", "DynRefer", "foveate_dynrefer"),
+    "mg_llava": Method("foveate.methods.mg_llava", "MGLlava", "foveate_mg_llava"),
 }
 
 

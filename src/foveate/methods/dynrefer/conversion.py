@@ -7,14 +7,9 @@ EVA-CLIP. The Vicuna of the authors is a later one than BLIP-2's, so that it may
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import pickle
 import re
-import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -34,8 +27,17 @@ from foveate import __version__
 from foveate.checkpoints import find_checkpoint, read_config
 from foveate.data.records import read_json, read_text
 from foveate.errors import CheckpointError, InputError
-from foveate.files import atomic_folder, atomic_write
+from foveate.files import atomic_folder
 from foveate.language.lm import check_tokenizer, load_config, load_text_encoder, load_tokenizer, untie_lm_head
+from foveate.language.official import (
+    files_of,
+    read_tensors,
+    refuse,
+    sha256,
+    weight_files,
+    write_json,
+    write_safetensors,
+)
 from foveate.language.pretrained import first_line
 from foveate.methods import find_dtype
 
@@ -344,12 +346,12 @@ def convert_checkpoint(
         processor.save_pretrained(folder)
         done = _Steps(2 * len(tensors), progress)
         _refuse_non_finite(plan, precision, done)
-        _write_weights(tensors, folder, precision, max_shard_size, done)
+        write_safetensors(tensors, folder, precision, max_shard_size, done.advance)
         sources = {
             "official": [official],
-            "base": _files_of(find_checkpoint(base)),
-            "language": [] if language is None else _files_of(find_checkpoint(language)),
-            "text": _files_of(Path(text).expanduser() if _is_text_file(text) else find_checkpoint(text)),
+            "base": files_of(find_checkpoint(base)),
+            "language": [] if language is None else files_of(find_checkpoint(language)),
+            "text": files_of(Path(text).expanduser() if _is_text_file(text) else find_checkpoint(text)),
             "lists": [path for path in (tags, attributes, classes) if path is not None],
         }
         found = {name: [Path(path) for path in paths] for name, paths in sources.items() if paths}
@@ -389,7 +391,7 @@ def convert_text_encoder(
             if mine + key in source.tensors and source.tensors[mine + key].shape != value.shape
         ],
     }
-    _refuse(f"{os.fspath(text)} does not make a text encoder", problems, "check that the file is whole")
+    refuse(f"{os.fspath(text)} does not make a text encoder", problems, "check that the file is whole")
     weights = {key.removeprefix(mine): value for key, value in source.tensors.items()}
     with atomic_folder(out) as folder:
         model.load_state_dict(weights, assign=True)
@@ -471,7 +473,7 @@ def _plan(
     text_heads: int,
 ) -> _Plan:
     """Which tensor comes from where, and the configuration that they make."""
-    raw = _read_pickle(official)
+    raw = read_tensors(official)
     blip2 = _read_blip2(base)
     # What comes later is preferred.
     sources = {"base": blip2}
@@ -516,42 +518,6 @@ def _plan(
     return _Plan(Conversion(config, tuple(_table(tensors, origin)), unused), tensors, names, tag_count)
 
 
-def _read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file of `torch.save`: of its "model" entry, where it has one as LAVIS writes it."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; give the downloaded checkpoint.")
-    with path.open("rb"):  # what the operating system refuses is not damage
-        pass
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            # A file of the old format cannot be mapped; the tensors of a new one stay on the disk until they are used.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL\s+([\w.]+)", str(error))
-        what = f" ({found.group(1)})" if found else ""
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values{what}, so it was not opened, for code in it could run; "
-            "get the file from its authors, or save the tensors of one that you trust alone."
-        ) from None
-    except Exception as error:  # zip, pickle and torch each raise their own
-        raise CheckpointError(
-            f"{path} is damaged, truncated or not a PyTorch file ({first_line(error)}); copy or download it again."
-        ) from None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    if not isinstance(content, dict) or not content:
-        kind = "nothing" if content == {} else f"a {type(content).__name__}"
-        raise CheckpointError(f"{path} holds {kind} instead of named tensors; give the downloaded checkpoint.")
-    others = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if others:
-        raise CheckpointError(
-            f"{path} holds {len(others)} entries that are not named tensors ({', '.join(others[:10])}); give the "
-            "downloaded checkpoint."
-        )
-    return {key: value.detach() for key, value in content.items()}
-
-
 def _read_blip2(base: str | os.PathLike[str]) -> _Source:
     """A BLIP-2 checkpoint: its configuration, and its tensors under our keys."""
     folder = find_checkpoint(base)
@@ -589,7 +555,7 @@ def _read_language_model(language: str | os.PathLike[str], expected: Any, base: 
 def _read_weights(folder: Path, config: Any, rename: Callable[[str], str | None]) -> _Source:
     """The safetensors of a folder under our keys; what `rename` has no key for is not used."""
     source = _Source({}, {}, config=config)
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (no mapping)
@@ -606,22 +572,6 @@ def _read_weights(folder: Path, config: Any, rename: Callable[[str], str | None]
     return source
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a checkpoint folder, one or those of its index."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(index, dict).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"{index} has no weight_map of file names; copy the checkpoint again.")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; copy or download the checkpoint again.")
-    return files
-
-
 def _is_text_file(text: str | os.PathLike[str]) -> bool:
     path = Path(text).expanduser()
     return path.is_file() or path.suffix in (".pt", ".pth")
@@ -633,7 +583,7 @@ def _read_text(text: str | os.PathLike[str], heads: int) -> _Source:
         model = load_text_encoder(find_checkpoint(text))
         tensors = {f"text_encoder.{key}": value for key, value in model.state_dict().items()}
         return _Source(tensors, {key: key.removeprefix("text_encoder.") for key in tensors}, config=model.config)
-    content = _read_pickle(text)
+    content = read_tensors(text)
     mine = {key: value for key, value in content.items() if key.startswith("text.")}
     source = _Source(*_translate(mine, EncoderDecoder))
     source.unused = [key for key in content if key not in mine or key in DERIVED]
@@ -779,16 +729,7 @@ def _refuse_misfits(
             if value.dtype not in _DTYPES or value.layout is not torch.strided
         ],
     }
-    _refuse("the files do not make a DynRefer", problems, "check that they belong together and are whole")
-
-
-def _refuse(what: str, problems: Mapping[str, Sequence[str]], advice: str) -> None:
-    listed = []
-    for kind, keys in problems.items():
-        if keys := sorted(set(keys)):
-            listed.append(f"{len(keys)} {kind} ({', '.join(keys)})")
-    if listed:
-        raise CheckpointError(f"{what}: {'; '.join(listed)}; {advice}.")
+    refuse("the files do not make a DynRefer", problems, "check that they belong together and are whole")
 
 
 def _table(tensors: Mapping[str, Tensor], origin: Mapping[str, str]) -> Iterable[ConvertedPart]:
@@ -879,62 +820,22 @@ def _refuse_non_finite(plan: _Plan, dtype: torch.dtype | None, steps: _Steps) ->
         elif dtype is not None and not value.to(dtype).isfinite().all():
             too_large.append(plan.names[key])
         steps.advance()
-    _refuse("the weights are broken", {"with values that are not finite": broken}, "download the file again")
-    _refuse("the weights do not convert", {f"with values too large for {dtype}": too_large}, "use bfloat16 or float32")
-
-
-def _write_weights(
-    tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, max_shard_size: int | str, steps: _Steps
-) -> None:
-    """safetensors as transformers reads them; one shard at a time is in memory."""
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.numel() * (dtype or tensor.dtype).itemsize,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for name, keys in split.filename_to_tensors.items():
-        shard = {key: tensors[key].to(dtype or tensors[key].dtype).contiguous() for key in keys}
-        try:
-            save_file(shard, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, in its words
-            raise OSError(f"cannot write {name}: {first_line(error)}") from error
-        for _ in keys:
-            steps.advance()
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _files_of(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    names = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
-    return sorted({file for pattern in names for file in source.glob(pattern)})
+    refuse("the weights are broken", {"with values that are not finite": broken}, "download the file again")
+    refuse("the weights do not convert", {f"with values too large for {dtype}": too_large}, "use bfloat16 or float32")
 
 
 def _write_manifest(folder: Path, plan: _Plan, sources: Mapping[str, Sequence[Path]]) -> None:
     # Names only: where the files lay on the machine that converted is nobody's business.
-    _write_json(
+    write_json(
         folder / MANIFEST_FILE,
         {
             "foveate": __version__,
             "method": "dynrefer",
-            "sources": {name: {path.name: _sha256(path) for path in paths} for name, paths in sources.items()},
+            "sources": {name: {path.name: sha256(path) for path in paths} for name, paths in sources.items()},
             "files": {
-                str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+                str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
             },
             "parts": [asdict(part) for part in plan.conversion.parts],
             "unused": plan.conversion.unused,
         },
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
