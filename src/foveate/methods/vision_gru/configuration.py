@@ -76,7 +76,9 @@ class VisionGRUConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"stream_above must be a whole number from 0, not {self.stream_above!r}")
         depths = self.depths
         if not isinstance(depths, list) or len(depths) != STAGES or not all(_is_whole(d) and d > 0 for d in depths):
-            raise ValueError(f"depths must be the numbers of blocks of {STAGES} stages, such as [2, 2, 8, 2]: {depths!r}")
+            raise ValueError(
+                f"depths must be the numbers of blocks of {STAGES} stages, such as [2, 2, 8, 2]: {depths!r}"
+            )
         for name in ("expansion", "mlp_ratio"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 1 / self.dim <= value <= 64:

@@ -3,6 +3,7 @@ cost. Modules and parameters have the names of the released code, so that its ch
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,7 +189,7 @@ class SnakeGRU(nn.Module):
         )
         for i, width in enumerate(widths[1:], 1):
             self.add_module(f"norm{i}", nn.LayerNorm(width, eps=STEM_EPS))
-        for i, (before, width) in enumerate(zip(widths, widths[1:], strict=False), 1):
+        for i, (before, width) in enumerate(itertools.pairwise(widths), 1):
             self.add_module(f"conv{i}", nn.Conv2d(before, width, 3, stride=2, padding=1))
 
     def forward(self, x: Tensor, size: Size) -> Iterator[tuple[Tensor, Size]]:
