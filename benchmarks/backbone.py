@@ -63,57 +63,52 @@ def processor_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def measure_scans(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
+def measure_scans(shape: tuple[int, int, int], rounds: int) -> list[dict[str, Any]]:
     """Nanoseconds an element of each way, forward and with backward, and the share of the memory's speed."""
+    batch, length, channels = shape
     rows = []
-    for batch, length, channels in shapes:
-        elements = batch * length * channels
-        generator = torch.Generator().manual_seed(0)
-        pq = torch.randn(batch, length, 2 * channels, generator=generator)
-        upstream = torch.randn(batch, length, channels, generator=generator)
-        ways: dict[str, Callable[[Tensor], Tensor]] = {"logspace": lambda x: mingru_scan(x, backend="logspace")[0]}
-        for name in ("torch", "numba"):
-            if name in available_scan_backends():
-                ways[name] = lambda x, name=name: mingru_scan(x, backend=name)[0]
-        if length <= LOOP_STEPS:
-            ways["loop"] = plain_loop
-        leaf = pq.clone().requires_grad_()
+    elements = batch * length * channels
+    generator = torch.Generator().manual_seed(0)
+    pq = torch.randn(batch, length, 2 * channels, generator=generator)
+    upstream = torch.randn(batch, length, channels, generator=generator)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"logspace": lambda x: mingru_scan(x, backend="logspace")[0]}
+    for name in ("torch", "numba"):
+        if name in available_scan_backends():
+            ways[name] = lambda x, name=name: mingru_scan(x, backend=name)[0]
+    if length <= LOOP_STEPS:
+        ways["loop"] = plain_loop
+    leaf = pq.clone().requires_grad_()
 
-        def step(way: Callable[[Tensor], Tensor], leaf: Tensor = leaf, upstream: Tensor = upstream) -> None:
-            torch.autograd.grad(way(leaf), leaf, upstream)
+    def step(way: Callable[[Tensor], Tensor], leaf: Tensor = leaf, upstream: Tensor = upstream) -> None:
+        torch.autograd.grad(way(leaf), leaf, upstream)
 
-        # As much as p, q and h are, and never less than what leaves the caches.
-        source = torch.randn(max(elements, 1 << 24))
-        target = torch.empty_like(source)
-        times: dict[str, list[float]] = {}
-        for round_number in range(rounds + 1):
-            for name, way in ways.items():
-                with torch.no_grad():
-                    forward = processor_seconds(lambda way=way, pq=pq: way(pq))
-                both = processor_seconds(lambda way=way, step=step: step(way))
-                if round_number:  # the first one compiles and fills caches
-                    times.setdefault(f"{name} forward", []).append(forward)
-                    times.setdefault(f"{name} step", []).append(both)
-            times.setdefault("copy", []).append(processor_seconds(lambda a=target, b=source: a.copy_(b)))
-        middle = {name: statistics.median(values) for name, values in times.items()}
-        bandwidth = 2 * source.numel() * 4 / middle["copy"]
-        for name in ways:
-            row: dict[str, Any] = {"shape": [batch, length, channels], "way": name, "copy_gb_per_s": bandwidth / 1e9}
-            for kind, size in (("forward", FORWARD_BYTES), ("step", STEP_BYTES)):
-                seconds = middle[f"{name} {kind}"]
-                row[f"{kind}_ns"] = 1e9 * seconds / elements
-                row[f"{kind}_times_faster_than_logspace"] = middle[f"logspace {kind}"] / seconds
-                row[f"{kind}_share_of_bandwidth"] = size * elements / bandwidth / seconds
-            rows.append(row)
-        del source, target
+    # As much as p, q and h are, and never less than what leaves the caches.
+    source = torch.randn(max(elements, 1 << 24))
+    target = torch.empty_like(source)
+    times: dict[str, list[float]] = {}
+    for round_number in range(rounds + 1):
+        for name, way in ways.items():
+            with torch.no_grad():
+                forward = processor_seconds(lambda way=way, pq=pq: way(pq))
+            both = processor_seconds(lambda way=way, step=step: step(way))
+            if round_number:  # the first one compiles and fills caches
+                times.setdefault(f"{name} forward", []).append(forward)
+                times.setdefault(f"{name} step", []).append(both)
+        times.setdefault("copy", []).append(processor_seconds(lambda a=target, b=source: a.copy_(b)))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    bandwidth = 2 * source.numel() * 4 / middle["copy"]
+    for name in ways:
+        row: dict[str, Any] = {"shape": [batch, length, channels], "way": name, "copy_gb_per_s": bandwidth / 1e9}
+        for kind, size in (("forward", FORWARD_BYTES), ("step", STEP_BYTES)):
+            seconds = middle[f"{name} {kind}"]
+            row[f"{kind}_ns"] = 1e9 * seconds / elements
+            row[f"{kind}_times_faster_than_logspace"] = middle[f"logspace {kind}"] / seconds
+            row[f"{kind}_share_of_bandwidth"] = size * elements / bandwidth / seconds
+        rows.append(row)
     return rows
 
 
 def print_scans(rows: Sequence[dict[str, Any]]) -> None:
-    print(
-        f"{'scan (N, L, C)':<18} {'way':<9} {'ns forward':>11} {'ns with backward':>17} {'x logspace':>16} "
-        f"{'of bandwidth':>17}"
-    )
     for row in rows:
         shape = ", ".join(str(side) for side in row["shape"])
         ratio = f"{row['forward_times_faster_than_logspace']:.1f} / {row['step_times_faster_than_logspace']:.1f}"
@@ -200,7 +195,7 @@ def measure_network(name: str, size: int, repeats: int, seconds: float, train: b
 
 def predicted(rows: Sequence[dict[str, Any]], name: str, size: int) -> float:
     """Seconds that a model will take at a larger size, at least: from the growth between the last two."""
-    known = [(row["size"], row["forward_s"]) for row in rows if row["model"] == name]
+    known = [(row["size"], row["forward_s"]) for row in rows if row["model"] == name and row["size"] < size]
     if not known:
         return 0.0
     last_size, last = known[-1]
@@ -210,11 +205,17 @@ def predicted(rows: Sequence[dict[str, Any]], name: str, size: int) -> float:
     return last * (size / last_size) ** (2 * growth)
 
 
-def measure_networks(arguments: argparse.Namespace, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """A process for each; sizes outside and models inside, so that slow hours of the machine fall on all models."""
-    rows: list[dict[str, Any]] = []
+def measure_networks(
+    arguments: argparse.Namespace, sizes: Sequence[int], rows: list[dict[str, Any]], keep: Callable[[], None]
+) -> None:
+    """A process for each; sizes outside and models inside, so that slow hours of the machine fall on all models.
+
+    Adds to `rows` what they lack, and calls `keep` after each.
+    """
     for size in sizes:
         for name in arguments.models:
+            if any((row["model"], row["size"]) == (name, size) for row in rows):
+                continue
             if (expected := predicted(rows, name, size)) > arguments.limit:
                 print(f"{name} at {size} px left out: about {expected:.0f} s, more than --limit", file=sys.stderr)
                 continue
@@ -227,8 +228,9 @@ def measure_networks(arguments: argparse.Namespace, sizes: Sequence[int]) -> lis
                 print(f"{name} at {size} px failed: {why[0]}", file=sys.stderr)
                 continue
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print_network(rows[-1])
-    return rows
+            rows.sort(key=lambda row: (row["size"], MODELS.index(row["model"])))
+            keep()
+            print_network(next(row for row in rows if (row["model"], row["size"]) == (name, size)))
 
 
 def print_network(row: dict[str, Any] | None = None) -> None:
@@ -321,6 +323,7 @@ def main() -> int:
     parser.add_argument("--train-size", type=int, default=224, help="training steps are measured up to this size")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder of backbone.json and .png")
+    parser.add_argument("--resume", action="store_true", help="keep what backbone.json in that folder has already")
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repeats < 1 or arguments.threads < 1 or min(arguments.sizes or [1]) < 1:
@@ -331,26 +334,40 @@ def main() -> int:
         train = size <= arguments.train_size
         print(json.dumps(measure_network(name, size, arguments.repeats, arguments.limit, train)))
         return 0
-    result: dict[str, Any] = {
+    path = arguments.out / "backbone.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if arguments.resume and path.is_file() else {}
+    result |= {
         "machine": platform.machine(),
         "torch": torch.__version__,
         "threads": arguments.threads,
         "scan_backends": available_scan_backends(),
     }
+
+    def keep() -> None:
+        with atomic_write(path) as file:
+            json.dump(result, file, indent=1)
+
     if arguments.part != "networks":
-        result["scans"] = measure_scans(QUICK_SHAPES if arguments.quick else SHAPES, arguments.repeats)
-        print_scans(result["scans"])
+        heading = ("scan (N, L, C)", "way", "ns forward", "ns with backward", "x logspace", "of bandwidth")
+        print("{:<18} {:<9} {:>11} {:>17} {:>16} {:>17}".format(*heading), flush=True)
+        scans = result.setdefault("scans", [])
+        for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+            if not any(row["shape"] == list(shape) for row in scans):
+                rows = measure_scans(shape, arguments.repeats)
+                print_scans(rows)
+                scans += rows
+                keep()
     if arguments.part != "scan":
         sizes = arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES)
+        networks = result.setdefault("networks", [])
         print_network()
-        result["networks"] = measure_networks(arguments, sorted(sizes))
-        result["summary"] = summary(result["networks"])
+        measure_networks(arguments, sorted(sizes), networks, keep)
+        result["summary"] = summary(networks)
+        keep()
         print(json.dumps(result["summary"], indent=2))
-        if result["networks"]:
-            draw(result["networks"], arguments.out / "backbone.png")
-    with atomic_write(arguments.out / "backbone.json") as file:
-        json.dump(result, file, indent=1)
-    print(f"written: {arguments.out / 'backbone.json'}")
+        if networks:
+            draw(networks, arguments.out / "backbone.png")
+    print(f"written: {path}")
     return 0
 
 

@@ -25,7 +25,6 @@ SHOWN_KEYS = 8
 
 @app.callback()
 def _convert() -> None:
-    # With a callback, typer keeps `dynrefer` a verb of its own although it is the only one.
     pass
 
 
@@ -83,6 +82,27 @@ def dynrefer(
     if attributes is None:
         print("no --attributes: leave them out of --tasks, or convert with ovad2000.json")
     print(f"model: {result.folder}")
+
+
+@app.command()
+def vision_gru(
+    official: Annotated[Path, typer.Argument(help="The released file: vig_*_model_path.pth, or its averages.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must be new or empty.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only compare the file; write nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """VisionGRU's released weights, or their moving average, as a folder that loads here."""
+    from foveate.methods.vision_gru.conversion import convert_checkpoint
+
+    if out is None and not check:
+        raise InputError("--out is missing; give the folder to write, or --check to compare the file only.")
+    result = convert_checkpoint(official, None if check else out)
+    config = result.config
+    print(f"dim {config.dim}, depths {', '.join(map(str, config.depths))}, {result.parameters:,} parameters")
+    if result.averaged:
+        print("the moving average of the weights")
+    if result.folder is not None:
+        print(f"model: {result.folder}")
 
 
 def _print(result: Conversion) -> None:

