@@ -28,40 +28,37 @@ def ema_decay(update: int, decay: float = 0.9999) -> float:
     return min(decay, (1 + update) / (10 + update))
 
 
-class MovingAverage:
-    """The exponential moving average of a model's parameters, in float32.
+class MovingAverage(nn.Module):
+    """The exponential moving average of parameters, in float32; part of a model's state, so that a run resumes with it.
 
     Args:
-        parameters: in the order in which they are averaged and given back.
+        parameters: in the order in which `update` and `copy_to` get them.
         decay: the highest share of the old average that an update keeps.
     """
 
+    updates: Tensor
+
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float = 0.9999) -> None:
-        self.parameters = list(parameters)
+        super().__init__()
         self.decay = decay
-        self.updates = 0
-        self.averages = [value.detach().float().clone() for value in self.parameters]
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        for index, value in enumerate(parameters):
+            self.register_buffer(f"average{index}", value.detach().float().clone())
+
+    def averages(self) -> list[Tensor]:
+        """In the order of the parameters."""
+        return [value for name, value in self.named_buffers() if name != "updates"]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, parameters: Iterable[nn.Parameter]) -> None:
         """Moves the averages towards the parameters as they are now."""
         self.updates += 1
-        share = 1 - ema_decay(self.updates, self.decay)
-        for average, value in zip(self.averages, self.parameters, strict=True):
+        share = 1 - ema_decay(int(self.updates), self.decay)
+        for average, value in zip(self.averages(), parameters, strict=True):
             average.lerp_(value.float(), share)
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Writes the averages into parameters of the same order and shapes."""
-        for average, value in zip(self.averages, list(parameters), strict=True):
+        """Writes the averages into the parameters."""
+        for average, value in zip(self.averages(), parameters, strict=True):
             value.copy_(average)
-
-    def state_dict(self) -> dict[str, float | int | list[Tensor]]:
-        return {"decay": self.decay, "updates": self.updates, "averages": self.averages}
-
-    def load_state_dict(self, state: dict[str, float | int | list[Tensor]]) -> None:
-        averages = state["averages"]
-        assert isinstance(averages, list)
-        for average, value in zip(self.averages, averages, strict=True):
-            average.copy_(value)
-        self.decay, self.updates = float(state["decay"]), int(state["updates"])  # type: ignore[arg-type]
