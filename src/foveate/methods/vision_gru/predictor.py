@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -103,6 +103,14 @@ class VisionGRUPredictor:
         names = self.model.config.id2label or {}
         return [names.get(index, f"class {index}") for index in range(self.model.config.num_labels)]
 
+    @overload
+    def __call__(
+        self, images: ImageSource, *, top: int = 5, size: int | str | None = "default", batch_size: int = 16
+    ) -> Classification: ...
+    @overload
+    def __call__(
+        self, images: Sequence[ImageSource], *, top: int = 5, size: int | str | None = "default", batch_size: int = 16
+    ) -> list[Classification]: ...
     def __call__(
         self,
         images: ImageSource | Sequence[ImageSource],

@@ -178,20 +178,21 @@ class ClassifierTraining(nn.Module):
     The average follows when the weights have changed since the last look, that is, once for each optimiser step.
     """
 
+    seen: Tensor
+
     def __init__(self, classifier: VisionGRUForImageClassification, decay: float) -> None:
         super().__init__()
         self.classifier = classifier
         self.average = MovingAverage(classifier.parameters(), decay) if decay else None
-        self._seen = self._version()
-
-    def _version(self) -> int:
-        return self.classifier.fc.weight._version
+        # What the weights were when the average last followed; part of the state, so that a resumed run goes on so.
+        self.register_buffer("seen", classifier.fc.bias.detach().clone())
 
     def follow(self) -> None:
         """Moves the average towards the weights if these are others than before."""
-        if self.average is not None and self._version() != self._seen:
+        bias = self.classifier.fc.bias.detach()
+        if self.average is not None and not torch.equal(self.seen, bias):
             self.average.update(self.classifier.parameters())
-        self._seen = self._version()
+            self.seen.copy_(bias)
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if self.training:
