@@ -193,7 +193,7 @@ def check_classifier(stem: str, arrays: Tracked, report: Report) -> None:
     order = arrays["param_order"].tolist()
     report.same(f"{stem} param_order", parameter_order(config.depths, head=True), order)
     for _, kind in KINDS:
-        model = VisionGRUForImageClassification(config)
+        model: Any = VisionGRUForImageClassification(config)
         # Through the nameless list of a file of averages and back: the same model.
         load_converted(model, convert_state_dict(name_averages([official[name] for name in order])))
         load_converted(model, convert_state_dict(official))
@@ -225,7 +225,7 @@ def check_backbone(stem: str, arrays: Tracked, report: Report) -> None:
     config = VisionGRUConfig(dim=derived.dim, depths=derived.depths, out_features=PYRAMID)
     sizes = sorted(key.removesuffix(".image") for key in arrays if key.endswith(".image"))
     for label, kind in KINDS:
-        backbone = VisionGRUBackbone(config)
+        backbone: Any = VisionGRUBackbone(config)
         load_converted(backbone, convert_state_dict(official))
         if kind == torch.float64:
             names = [name.removeprefix("vision_gru.") for name in backbone.state_dict()]
@@ -292,7 +292,7 @@ def check_full(stem: str, arrays: Tracked, report: Report) -> None:
             report.notes.append(f"{stem} has no {short}.logits, so {variant} is not checked")
             continue
         labels = int(np.asarray(arrays[f"{short}.logits"]).shape[-1])
-        model = VisionGRUForImageClassification(VisionGRUConfig(num_labels=labels, **VARIANTS[variant])).eval()
+        model: Any = VisionGRUForImageClassification(VisionGRUConfig(num_labels=labels, **VARIANTS[variant])).eval()
         names = fill(model, offset)
         state = {name.removeprefix("vision_gru."): value for name, value in model.state_dict().items()}
         for key, found in ((f"{short}.names_sorted", names), (f"{short}.state_dict_order", list(state))):
@@ -318,7 +318,7 @@ def check_full(stem: str, arrays: Tracked, report: Report) -> None:
 def check_pyramid(stem: str, short: str, variant: str, arrays: Tracked, report: Report) -> None:
     offset = int(arrays["S0"])
     height, width = (int(value) for value in arrays[f"{short}_backbone.hw"])
-    backbone = VisionGRUBackbone(VisionGRUConfig(out_features=PYRAMID, **VARIANTS[variant])).eval()
+    backbone: Any = VisionGRUBackbone(VisionGRUConfig(out_features=PYRAMID, **VARIANTS[variant])).eval()
     fill(backbone, offset)
     image = formula_image(height, width, offset)
     for _, kind in KINDS[::-1]:

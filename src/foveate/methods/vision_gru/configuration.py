@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
@@ -35,6 +35,10 @@ class VisionGRUConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "foveate_vision_gru"
+
+    if TYPE_CHECKING:  # the fields below, and those of every configuration: num_labels, id2label, out_features, ...
+
+        def __init__(self, **kwargs: Any) -> None: ...
 
     num_channels: int = 3
     dim: int = 72

@@ -211,7 +211,7 @@ class VisionGRUPreTrainedModel(PreTrainedModel):
     config_class = VisionGRUConfig
     base_model_prefix = "vision_gru"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own type)
 
@@ -365,7 +365,7 @@ class VisionGRUForImageClassification(VisionGRUPreTrainedModel):
     def __init__(self, config: VisionGRUConfig) -> None:
         super().__init__(config)
         self.vision_gru = VisionGRUModel(config)
-        self.fc = nn.Linear(config.widths[-1], config.num_labels)
+        self.fc = nn.Linear(config.widths[-1], config.num_labels or 0)
         self.post_init()
 
     def forward(

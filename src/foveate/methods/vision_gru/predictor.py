@@ -62,7 +62,8 @@ class VisionGRUPredictor:
     ) -> None:
         if device is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.to(device, dtype or torch.float32).eval()
+        module: Any = model
+        self.model: VisionGRUForImageClassification = module.to(device, dtype or torch.float32).eval()
         self.processor = processor
 
     @classmethod
@@ -86,7 +87,8 @@ class VisionGRUPredictor:
                 "or load it with transformers.AutoModel or AutoBackbone."
             )
         try:
-            model, report = VisionGRUForImageClassification.from_pretrained(folder, output_loading_info=True)
+            loaded: Any = VisionGRUForImageClassification.from_pretrained(folder, output_loading_info=True)
+            model, report = loaded
         except Exception as error:  # transformers and safetensors raise many types
             raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}; copy it again.") from None
         missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -100,8 +102,8 @@ class VisionGRUPredictor:
     @property
     def labels(self) -> list[str]:
         """Names of all classes, in the order of the logits."""
-        names = self.model.config.id2label or {}
-        return [names.get(index, f"class {index}") for index in range(self.model.config.num_labels)]
+        config: Any = self.model.config
+        return [(config.id2label or {}).get(index, f"class {index}") for index in range(config.num_labels)]
 
     @overload
     def __call__(
@@ -151,7 +153,7 @@ class VisionGRUPredictor:
         self, images: Sequence[ImageSource], *, size: int | str | None = "default", batch_size: int = 16
     ) -> Tensor:
         """Probabilities (B, K) of all classes, on the CPU in float32; arguments as in a call."""
-        found = torch.zeros(len(images), self.model.config.num_labels)
+        found = torch.zeros(len(images), len(self.labels))
         waiting: dict[torch.Size, list[tuple[int, Tensor]]] = defaultdict(list)
 
         def compute(batch: list[tuple[int, Tensor]]) -> None:

@@ -5,6 +5,8 @@ unit together, with an exponential of our own, since numba has no vectorised one
 threads (the kernels hold no lock): numba's own threading layers either forbid concurrent callers or forked children.
 """
 
+# pyright: reportCallIssue=false
+# (numba gives the typing context to an intrinsic by itself)
 from __future__ import annotations
 
 import math

@@ -69,7 +69,7 @@ def backward(
         if dy is None:
             z = torch.sigmoid(q)
             low = p.clamp_max(0).sigmoid_()  # sigmoid(p) for p < 0
-            slope = torch.where(p >= 0, 1.0, low * (1 - low))
+            slope = torch.where(p.ge(0), 1.0, low * (1 - low))
             adjoint.mul_(z)
             dx[rows, steps, group, 0] = slope.mul_(adjoint)
             dx[rows, steps, group, 1] = (

@@ -5,6 +5,7 @@ Else sequences are cut into chunks: (1) each chunk's aggregate (product of a, en
 carried from chunk to chunk, (3) each chunk is walked again from the state that it inherits.
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
 from collections.abc import Sequence
