@@ -136,6 +136,27 @@ def mg_llava(
         print(f"model: {result.folder}")
 
 
+@app.command("vision_gru")
+def vision_gru(
+    official: Annotated[Path, typer.Argument(help="The released file: vig_*_model_path.pth, or its averages.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must be new or empty.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only compare the file; write nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """VisionGRU's released weights, or their moving average, as a folder that loads here."""
+    from foveate.methods.vision_gru.conversion import convert_checkpoint
+
+    if out is None and not check:
+        raise InputError("--out is missing; give the folder to write, or --check to compare the file only.")
+    result = convert_checkpoint(official, None if check else out)
+    config = result.config
+    print(f"dim {config.dim}, depths {', '.join(map(str, config.depths))}, {result.parameters:,} parameters")
+    if result.averaged:
+        print("the moving average of the weights")
+    if result.folder is not None:
+        print(f"model: {result.folder}")
+
+
 def _print(result: Conversion) -> None:
     """A row per part, and what was not used of each source."""
     _print_parts(result)
