@@ -195,7 +195,9 @@ def describe(
     skipped: list[_Job] = []
     skipped_before = 0
     if style == "jsonl" and out is not None:
-        key = json.dumps([[os.fspath(image) for image in images], _digest(regions), options, model, dtype, quantize, proposed])
+        key = json.dumps(
+            [[os.fspath(image) for image in images], _digest(regions), options, model, dtype, quantize, proposed]
+        )
         lines = ResumableLines(out, key=key, resume=resume)
         pending = pending[len(lines.finished) :]
         skipped_before = sum("error" in json.loads(line) for line in lines.finished)

@@ -35,7 +35,8 @@ def print_evaluation(result: EvaluationResult, report: Path | None = None) -> No
             numbers = all(isinstance(v, int | float) for v in (before.get(name), value))
             difference = value - before[name] if numbers else 0.0
             changed = f"{difference:+.2g}" if difference and math.isfinite(difference) else ""
-            rows.append([name, _cell(before.get(name)), _cell(value), changed])
+            same_words = not numbers and value == before.get(name)
+            rows.append([name, _cell(before.get(name)), "" if same_words else _cell(value), changed])
         _rows(title, ["metric", "unquantised", result.quantize, "difference"], rows)
     if report is not None:
         print(f"report: {report}")

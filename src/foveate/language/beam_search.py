@@ -21,9 +21,10 @@ _NEVER = -1e9
 _WORTH_LEAVING = 0.125
 # What a checkpoint may say without asking for a rule of its own (forced tokens, forbidden n-grams, ...).
 _PLAIN_SETTINGS = frozenset(
-    "pad_token_id bos_token_id eos_token_id decoder_start_token_id use_cache output_attentions output_hidden_states "
-    "output_scores return_dict_in_generate transformers_version _from_model_config max_length max_new_tokens num_beams "
-    "do_sample min_length length_penalty repetition_penalty remove_invalid_values renormalize_logits".split()
+    {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "transformers_version"}
+    | {"_from_model_config", "use_cache", "output_attentions", "output_hidden_states", "output_scores"}
+    | {"return_dict_in_generate", "max_length", "max_new_tokens", "num_beams", "do_sample", "min_length"}
+    | {"length_penalty", "repetition_penalty", "remove_invalid_values", "renormalize_logits"}
 )
 
 
@@ -33,8 +34,10 @@ def can_search(model: Any) -> bool:
         return False
     settings = model.generation_config
     asked = {name for name, value in settings.to_diff_dict().items() if value is not None and value is not False}
-    return isinstance(settings.decoder_start_token_id, int) and isinstance(settings.eos_token_id, int | list) and (
-        asked <= _PLAIN_SETTINGS
+    return (
+        isinstance(settings.decoder_start_token_id, int)
+        and isinstance(settings.eos_token_id, int | list)
+        and (asked <= _PLAIN_SETTINGS)
     )
 
 

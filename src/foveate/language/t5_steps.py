@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.mt5.modeling_mt5 import MT5Block, MT5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Block, T5ForConditionalGeneration
 
 # Multiply-adds that are worth another call of the encoder.
@@ -22,11 +21,11 @@ _BUCKET = 8
 
 
 def has_plain_steps(model: Any) -> bool:
-    """Whether `T5Steps` runs this model: a T5 or mT5 whose blocks nothing wraps (sharding, offloading), and not in
-    float16, in which transformers clamps what overflows."""
-    if type(model) not in (T5ForConditionalGeneration, MT5ForConditionalGeneration) or model.dtype == torch.float16:
+    """Whether `T5Steps` runs this model: a T5 whose blocks nothing wraps (sharding, offloading), and not in float16, in
+    which transformers clamps what overflows."""
+    if type(model) is not T5ForConditionalGeneration or model.dtype == torch.float16:
         return False
-    return not hasattr(model, "hf_device_map") and all(type(b) in (T5Block, MT5Block) for b in model.decoder.block)
+    return not hasattr(model, "hf_device_map") and all(type(block) is T5Block for block in model.decoder.block)
 
 
 class T5Steps:

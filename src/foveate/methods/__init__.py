@@ -130,7 +130,8 @@ def load(
         The predictor of the checkpoint's method, for instance `foveate.methods.dynrefer.predictor.DynReferPredictor`.
 
     Raises:
-        InputError: there is no such model, device, dtype or quantisation, or it is not a model that a verb of foveate runs.
+        InputError: there is no such model, device, dtype or quantisation, or it is not a model that a verb of foveate
+            runs.
         CheckpointError: the checkpoint is truncated, corrupt or of another layout.
     """
     where, precision = _device(device), find_dtype(dtype)

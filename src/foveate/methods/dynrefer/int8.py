@@ -21,9 +21,10 @@ from foveate.errors import InputError
 QUANTIZATIONS = ("int8",)
 _ACTIVATION_LEVELS, _WEIGHT_LEVELS = 63, 127
 _TINY = torch.finfo(torch.float32).tiny
-# Smaller layers gain nothing and stay as they are. So do those that say where to sample, how probable each word is, and
-# of which type their part of the model is; and the text encoder, which reads every word once.
-_LEAST_WEIGHTS = 64 * 64
+# Smaller layers lose more by quantising rows than their product gains (`benchmarks/describe.py --only linear`), and
+# stay as they are. So do those that say where to sample, how probable each word is, and of which type their part of the
+# model is; and the text encoder, which reads every word once.
+_LEAST_WEIGHTS, _LEAST_LONGER_SIDE = 2**16, 512
 _KEPT = frozenset({"offset_mask", "lm_head", "t5_proj", "attr_text_proj", "text_encoder"})
 
 
@@ -55,7 +56,7 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features).float()
         scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / _ACTIVATION_LEVELS
         # Unsigned with the zero at 64, as oneDNN's kernels want it; what is cut off after + 0.5 is rounded.
-        shifted = (rows / scale).add_(64.5).to(torch.uint8)
+        shifted = (rows * scale.reciprocal()).add_(64.5).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             shifted, 1.0, 64, self._packed, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -93,8 +94,9 @@ def quantize_linears(model: nn.Module) -> int:
         if _KEPT.intersection(name.split(".")):
             continue
         for child_name, child in list(parent.named_children()):
-            small = type(child) is not nn.Linear or child.weight.numel() < _LEAST_WEIGHTS
-            if not small and child_name not in _KEPT:
+            if type(child) is not nn.Linear or child_name in _KEPT:
+                continue
+            if child.weight.numel() >= _LEAST_WEIGHTS and max(child.weight.shape) >= _LEAST_LONGER_SIDE:
                 setattr(parent, child_name, Int8Linear(child))
                 count += 1
     return count

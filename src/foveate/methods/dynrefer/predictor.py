@@ -472,7 +472,6 @@ class DynReferPredictor:
         meter: _Meter,
     ) -> Iterator[tuple[int, Region]]:
         config = self.model.config
-        n = config.num_views
         with meter.stage("crops"):
             batches = [
                 build_views(
