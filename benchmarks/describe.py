@@ -1,7 +1,8 @@
-"""Speed, memory and start-up of `describe`: all regions in one call against a plain loop, with equal answers asserted.
+"""Speed, memory and start-up of `describe`: against a plain loop, against its first version, speed-up by speed-up.
 
     python benchmarks/describe.py
     python benchmarks/describe.py --model out/dynrefer-world/checkpoint --repeats 5 --out out/benchmarks/describe.json
+    OMP_NUM_THREADS=1 python benchmarks/describe.py --clock cpu --only speed-ups --loop-regions 8   # on a busy machine
 
 Three ways to the same answers (captions, tags, attributes, categories), all on warm models:
 
@@ -9,16 +10,23 @@ Three ways to the same answers (captions, tags, attributes, categories), all on 
 - a call a region: every region alone, all tasks in the call, so that tasks still share the region's views.
 - plain loop: every region and every task alone, each of the task's views encoded anew.
 
-The ways take turns and the best time of each is taken, so that other work on the machine falls on all of them.
+Then, for the regions of one image, every speed-up by itself, on the model and on one with random weights in the
+proportions of the paper's network, where the vision tower dominates (`paper_proportions`).
+
+The ways take turns, so that other work on the machine falls on all of them; the median time of each is taken, and every
+ratio is one of times of the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +34,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -37,11 +46,18 @@ from foveate.errors import FoveateError
 from foveate.files import atomic_write
 from foveate.world.scenes import render_scene
 
+sys.path.insert(0, str(Path(__file__).parent))
+from first_version import first_version
+
 FIRST_SEED = 9_700_000  # no recipe trains on scenes from here on
 TASKS = ("caption", "tags", "attributes", "category")
 TOLERANCE = 1e-4
-TARGET = 4.0  # times the plain loop's speed, at 64 regions of one image
+TARGET = 8.0  # times the plain loop's speed, at 64 regions of one image with every speed-up on
+TOWER_TARGET = 0.7  # share of the time that is the vision tower's, in the proportions of the paper
 CASES = ((1, 1), (8, 1), (64, 1), (64, 16))  # regions, images
+PARTS = ("cases", "speed-ups", "linear", "memory", "start-up")
+WIDTHS = (128, 256, 512, 1024, 2048, 4096)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Work = list[tuple[Image.Image, list[list[float]]]]
 Way = Callable[[Any, Work], list[list[foveate.Region]]]
@@ -104,26 +120,220 @@ def largest_difference(ours: Sequence[Sequence[foveate.Region]], theirs: Sequenc
     return worst
 
 
-def measure_speed(describer: Any, regions: int, images: int, size: int, repeats: int) -> dict[str, Any]:
-    """Best seconds of each way at one case, and how far their answers are apart."""
-    work = make_work(regions, images, size)
-    answers = {name: way(describer, work[:1]) for name, way in WAYS.items()}  # warm-up, not timed
-    best = dict.fromkeys(WAYS, float("inf"))
+def some_regions(work: Work, count: int) -> Work:
+    """The first regions of each image, `count` in all or what there is."""
+    each = -(-count // len(work))
+    return [(image, boxes[:each]) for image, boxes in work]
+
+
+def take_turns(ways: dict[str, Callable[[], Any]], repeats: int, clock: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of each way, which run in turns, and what each gave last."""
+    now = CLOCKS[clock]
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    answers: dict[str, Any] = {}
     for _ in range(repeats):
-        for name, way in WAYS.items():
-            start = time.perf_counter()
-            answers[name] = way(describer, work)
-            best[name] = min(best[name], time.perf_counter() - start)
-    differences = [largest_difference(answers["batched"], answers[name]) for name in list(WAYS)[1:]]
+        for name, way in ways.items():
+            start = now()
+            answers[name] = way()
+            times[name].append(now() - start)
+    return {name: statistics.median(values) for name, values in times.items()}, answers
+
+
+def measure_speed(describer: Any, regions: int, images: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each way at one case, and how far their answers are apart."""
+    work = make_work(regions, images, arguments.size)
+    part = some_regions(work, min(regions, arguments.loop_regions))
+    for way in WAYS.values():
+        way(describer, some_regions(work[:1], 1))  # warm-up
+    ways: dict[str, Callable[[], Any]] = {
+        "batched": lambda: batched(describer, work),
+        "a call a region": lambda: call_a_region(describer, part),
+        "plain loop": lambda: plain_loop(describer, part),
+    }
+    seconds, answers = take_turns(ways, arguments.repeats, arguments.clock)
+    scale = regions / sum(len(boxes) for _, boxes in part)
+    for name in ("a call a region", "plain loop"):
+        seconds[name] *= scale
+    same = [answers["batched"][k][: len(boxes)] for k, (_, boxes) in enumerate(part)]
     return {
         "regions": regions,
         "images": images,
-        "seconds": best,
-        "regions_per_second": {name: regions / seconds for name, seconds in best.items()},
-        "ratio_to_plain_loop": best["plain loop"] / best["batched"],
-        "ratio_to_a_call_a_region": best["a call a region"] / best["batched"],
-        "largest_difference": max(differences),
+        "seconds": seconds,
+        "regions_per_second": {name: regions / value for name, value in seconds.items()},
+        "ratio_to_plain_loop": seconds["plain loop"] / seconds["batched"],
+        "ratio_to_a_call_a_region": seconds["a call a region"] / seconds["batched"],
+        "largest_difference": max(largest_difference(same, answers[name]) for name in list(ways)[1:]),
     }
+
+
+# ---------------------------------------------------------------- speed-up by speed-up
+
+
+def paper_proportions(describer: Any) -> Any:
+    """A describer with random weights in the proportions of the paper's network, a thousandth of its size.
+
+    The paper's tower does 90 % of the multiply-adds of a region (`multiply_adds`; EVA ViT-g of 39 blocks and width
+    1408 on 257 tokens, Flan-T5-XL of 24 + 24 layers and width 2048). Here widths are divided by 5.5 or 8, depths by 4
+    or 5, views have 65 tokens, tags and prompts are fewer; 88 % are the tower's.
+    """
+    import torch
+
+    from foveate.methods.dynrefer.configuration import DynReferConfig
+    from foveate.methods.dynrefer.modeling import DynReferModel
+    from foveate.methods.dynrefer.predictor import DynReferPredictor
+
+    shipped = describer.model.config
+    config = DynReferConfig(
+        vision_config={
+            "model_type": "blip_2_vision_model",
+            "hidden_size": 256,
+            "intermediate_size": 1116,
+            "num_hidden_layers": 10,
+            "num_attention_heads": 4,
+            "image_size": 112,
+            "patch_size": 14,
+        },
+        text_config=shipped.text_config.to_dict(),
+        qformer_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+        },
+        language_config={
+            **shipped.language_config.to_dict(),
+            "d_model": 256,
+            "d_kv": 64,
+            "d_ff": 640,
+            "num_layers": 5,
+            "num_decoder_layers": 5,
+        },
+        image_size=112,
+        num_query_tokens=8,
+        head_size=48,
+        # The paper's, so that every caption has 20 tokens: with random weights the end is as likely as any word.
+        generation={"num_beams": 2, "max_new_tokens": 20, "repetition_penalty": 1.5},
+    )
+    torch.manual_seed(0)
+    return DynReferPredictor(DynReferModel(config), describer.processor, name="in the paper's proportions")
+
+
+def multiply_adds(config: Any, texts: int, *, crops: int = 5, groups: int = 2, control: int = 12) -> dict[str, float]:
+    """Millions of multiply-adds of one region by stage: `crops` distinct views, `groups` passes of the region encoder,
+    `texts` tags and prompts. Norms, softmax and activations are left out."""
+    vision, q, text = config.vision_config, config.qformer_config, config.language_config
+    width, cells, views = vision.hidden_size, config.grid_size**2, config.num_views
+    tokens, queries, head = 1 + cells, config.num_query_tokens, config.head_size
+    layers = vision.num_hidden_layers
+    if isinstance(config.vision_layer, int) and config.vision_layer < 0:
+        layers += 1 + config.vision_layer
+    block = tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 2 * tokens**2 * width
+    align = (views - 1) * cells * (2 * width**2 + 130 * width + cells * width) * config.align
+    fuse = tokens * (views + 1) * width**2
+    own = queries * (4 * q.hidden_size**2 + 2 * q.hidden_size * q.intermediate_size + 2 * queries * q.hidden_size)
+    cross = 2 * q.hidden_size * (queries * q.hidden_size + tokens * width + queries * tokens)
+    former = q.num_hidden_layers * (own + cross / q.cross_attention_frequency)
+    inner, length = text.num_heads * text.d_kv, queries + control
+    written = config.generation["num_beams"] * config.generation["max_new_tokens"]
+    feed = 3 * text.d_model * text.d_ff
+    encoder = text.num_layers * length * (4 * text.d_model * inner + feed + 2 * length * inner)
+    decoder = written * (6 * text.d_model * inner + feed + 2 * length * inner) + 2 * length * text.d_model * inner
+    stages = {
+        "tower": crops * (layers * block + 3 * vision.patch_size**2 * width * cells),
+        "fusion": groups * (align + fuse + former),
+        "heads": texts * config.head_layers * (10 * head**2 + 2 * queries * head),
+        "captions": encoder + text.num_decoder_layers * decoder + written * text.d_model * text.vocab_size,
+    }
+    return {name: value / 1e6 for name, value in stages.items()}
+
+
+def measure_speed_ups(describer: Any, regions: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every way to describe the regions of one image: seconds, ratios, what share of them is the tower's."""
+    from foveate.methods.dynrefer.int8 import quantize_linears
+    from foveate.methods.dynrefer.predictor import DynReferPredictor
+
+    work = make_work(regions, 1, arguments.size)
+    image, boxes = work[0]
+    part = some_regions(work, min(regions, arguments.loop_regions))
+    quantized = DynReferPredictor(copy.deepcopy(describer.model), describer.processor)
+    layers = quantize_linears(quantized.model)
+
+    def at_first() -> Any:
+        with first_version():
+            return describer(image, boxes, tasks=TASKS)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "plain loop": lambda: plain_loop(describer, part),
+        "a call a region": lambda: call_a_region(describer, part),
+        "first version": at_first,
+        "batched": lambda: describer(image, boxes, tasks=TASKS),
+        "batched, 1 beam": lambda: describer(image, boxes, tasks=TASKS, num_beams=1),
+        "batched, int8": lambda: quantized(image, boxes, tasks=TASKS),
+        "batched, int8, 1 beam": lambda: quantized(image, boxes, tasks=TASKS, num_beams=1),
+    }
+    if arguments.compile:
+        ways["batched, compiled tower"] = compiled_tower(describer, image, boxes)
+    for name in list(ways)[2:]:
+        ways[name]()  # warm-up
+    seconds, answers = take_turns(ways, arguments.repeats, arguments.clock)
+    for name in list(ways)[:2]:
+        seconds[name] *= regions / len(part[0][1])
+    reports = {name: said.report.milliseconds for name, said in answers.items() if not isinstance(said, list)}
+    captions = {name: [r.caption for r in said] for name, said in answers.items() if name in reports}
+    alike = sum(a == b for a, b in zip(captions["batched"], captions["batched, int8"], strict=True))
+    config = describer.model.config
+    vocabulary = describer.processor.vocabulary
+    work_by_stage = multiply_adds(config, len(vocabulary.tags + vocabulary.classes) + len(vocabulary.prompts))
+    return {
+        "model": describer.name,
+        "regions": regions,
+        "seconds": seconds,
+        "ratio_to_plain_loop": {name: seconds["plain loop"] / value for name, value in seconds.items()},
+        "ratio_to_first_version": {name: seconds["first version"] / value for name, value in seconds.items()},
+        "stages": {name: {stage: ms / sum(own.values()) for stage, ms in own.items()} for name, own in reports.items()},
+        "tower_share_of_multiply_adds": work_by_stage["tower"] / sum(work_by_stage.values()),
+        "millions_of_multiply_adds": work_by_stage,
+        "int8_layers": layers,
+        "int8_captions_alike": alike / regions,
+        "first_version_captions_alike": captions["first version"] == captions["batched"],
+    }
+
+
+def compiled_tower(describer: Any, image: Image.Image, boxes: Any) -> Callable[[], Any]:
+    """The batched way with the tower under torch.compile, which needs minutes and a C++ compiler for it."""
+    import torch
+
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise SystemExit("--compile needs a C++ compiler: install g++, or name another one in CXX")
+    compiled = torch.compile(describer.model.encode_views)
+
+    def describe() -> Any:
+        with patch.object(describer.model, "encode_views", compiled):
+            return describer(image, boxes, tasks=TASKS)
+
+    return describe
+
+
+def measure_linear(arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """One square linear layer on 512 rows, in float32 and in int8."""
+    import torch
+
+    from foveate.methods.dynrefer.int8 import Int8Linear
+
+    rows = []
+    with torch.inference_mode():
+        for width in WIDTHS:
+            linear = torch.nn.Linear(width, width)
+            quantized, x = Int8Linear(linear), torch.randn(512, width)
+            ways = {"float32": lambda f=linear, x=x: f(x), "int8": lambda f=quantized, x=x: f(x)}
+            take_turns(ways, 1, arguments.clock)
+            seconds, answers = take_turns(ways, 5 * arguments.repeats, arguments.clock)
+            error = (answers["int8"] - answers["float32"]).norm() / answers["float32"].norm()
+            rows.append({"width": width, "ratio": seconds["float32"] / seconds["int8"], "error": float(error)})
+    return rows
+
+
+# ---------------------------------------------------------------- memory and start-up
 
 
 def peak_memory() -> int:
@@ -186,70 +396,98 @@ def measure_start_up(model: str, repeats: int, size: int) -> dict[str, float]:
 def show(results: dict[str, Any]) -> None:
     # Into a pipe no width is known, and rich would fold the columns at 80.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    table = Table(title=f"{results['model']}: regions a second ({results['threads']} threads)", title_justify="left")
-    for column in ("regions", "images", *WAYS, "batched / plain loop", "batched / a call a region", "differ by"):
-        table.add_column(column, justify="right")
-    for row in results["speed"]:
-        table.add_row(
-            str(row["regions"]),
-            str(row["images"]),
-            *(f"{row['regions_per_second'][way]:.1f}" for way in WAYS),
-            f"{row['ratio_to_plain_loop']:.2f}",
-            f"{row['ratio_to_a_call_a_region']:.2f}",
-            f"{row['largest_difference']:.1e}",
+    if "speed" in results:
+        table = Table(title=f"{results['model']}: regions a second ({results['threads']} threads)")
+        for column in ("regions", "images", *WAYS, "batched / plain loop", "batched / a call a region", "differ by"):
+            table.add_column(column, justify="right")
+        for row in results["speed"]:
+            table.add_row(
+                str(row["regions"]),
+                str(row["images"]),
+                *(f"{row['regions_per_second'][way]:.1f}" for way in WAYS),
+                f"{row['ratio_to_plain_loop']:.2f}",
+                f"{row['ratio_to_a_call_a_region']:.2f}",
+                f"{row['largest_difference']:.1e}",
+            )
+        console.print(table)
+    for own in results.get("speed_ups", ()):
+        table = Table(title=f"{own['model']}: {own['regions']} regions of one image")
+        for column in ("way", "seconds", "times the plain loop", "times the first version", "tower's share of time"):
+            table.add_column(column, justify="left" if column == "way" else "right")
+        for name, seconds in own["seconds"].items():
+            table.add_row(
+                name,
+                f"{seconds:.2f}",
+                f"{own['ratio_to_plain_loop'][name]:.2f}",
+                f"{own['ratio_to_first_version'][name]:.2f}",
+                f"{own['stages'][name]['tower']:.0%}" if name in own["stages"] else "",
+            )
+        console.print(table)
+        stages = ", ".join(
+            f"{stage} {share:.0%}" for stage, share in own["stages"]["batched"].items() if share >= 0.005
         )
-    console.print(table)
-    table = Table(title="peak memory (resident set, MiB), 64 regions of one image", title_justify="left")
-    for column in ("way", "model loaded", "peak", "added by the work"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for way, row in results["memory"].items():
-        table.add_row(
-            way, *(f"{value / 2**20:.0f}" for value in (row["loaded"], row["peak"], row["peak"] - row["loaded"]))
+        console.print(
+            f"batched: {stages}; of the multiply-adds {own['tower_share_of_multiply_adds']:.0%} are the tower's"
         )
-    console.print(table)
-    for name, seconds in results["start_up"].items():
+        console.print(f"int8: {own['int8_layers']} layers; {own['int8_captions_alike']:.0%} of the captions unchanged")
+    if "linear" in results:
+        table = Table(title="int8 linear layer, 512 rows")
+        for column in ("width", "times float32", "relative error"):
+            table.add_column(column, justify="right")
+        for row in results["linear"]:
+            table.add_row(str(row["width"]), f"{row['ratio']:.2f}", f"{row['error']:.3f}")
+        console.print(table)
+    if "memory" in results:
+        table = Table(title="peak memory (resident set, MiB), 64 regions of one image")
+        for column in ("way", "model loaded", "peak", "added by the work"):
+            table.add_column(column, justify="left" if column == "way" else "right")
+        for way, row in results["memory"].items():
+            numbers = (row["loaded"], row["peak"], row["peak"] - row["loaded"])
+            table.add_row(way, *(f"{value / 2**20:.0f}" for value in numbers))
+        console.print(table)
+    for name, seconds in results.get("start_up", {}).items():
         console.print(f"{name}: {seconds:.2f} s")
-    ratio = next(row["ratio_to_plain_loop"] for row in results["speed"] if (row["regions"], row["images"]) == (64, 1))
-    console.print(f"target at 64 regions of one image: {TARGET:g} times the plain loop; measured {ratio:.2f}")
+    if "speed_ups" in results:
+        shipped, paper = results["speed_ups"]
+        best = max(shipped["ratio_to_plain_loop"], key=shipped["ratio_to_plain_loop"].__getitem__)
+        console.print(
+            f"target: {TARGET:g} times the plain loop; measured {shipped['ratio_to_plain_loop'][best]:.2f} ({best})"
+        )
+        share = paper["stages"]["batched"]["tower"]
+        console.print(
+            f"target: {TOWER_TARGET:.0%} of the time in the tower, in the paper's proportions; measured {share:.0%}"
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Speed, memory and start-up time of `foveate describe`.")
     parser.add_argument("--model", default="dynrefer-world", help="shipped model, folder, or owner/name of the hub")
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
-    parser.add_argument("--repeats", type=int, default=3, help="times that each way is timed; the best one counts")
+    parser.add_argument("--repeats", type=int, default=3, help="times that each way is timed; the median counts")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--regions", type=int, default=64, help="of one image, for the speed-ups")
+    parser.add_argument(
+        "--loop-regions", type=int, default=64, help="the loops describe so many of the regions, and are scaled up"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu counts this process alone; for one thread (OMP_NUM_THREADS=1)",
+    )
+    parser.add_argument("--compile", action="store_true", help="a row for the tower under torch.compile, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--memory-of", nargs=2, metavar=("WAY", "REGIONS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.repeats < 1:
-        parser.error(f"--repeats {arguments.repeats} is too small: give 1 or more")
+    for name in ("repeats", "regions", "loop_regions"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} is too small: give 1 or more")
     try:
         if arguments.memory_of:
             way, regions = arguments.memory_of
             memory_worker(arguments.model, way, int(regions), arguments.size)
             return 0
-        describer = foveate.load(arguments.model)
-        import torch
-
-        results: dict[str, Any] = {
-            "model": arguments.model,
-            "device": str(describer.model.device),
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "image_size": arguments.size,
-            "repeats": arguments.repeats,
-            "tasks": TASKS,
-            "target_ratio": TARGET,
-            "speed": [
-                measure_speed(describer, regions, images, arguments.size, arguments.repeats)
-                for regions, images in CASES
-            ],
-            "memory": measure_memory(arguments.model, 64, arguments.size),
-            "start_up": measure_start_up(arguments.model, arguments.repeats, arguments.size),
-        }
+        results = measure(arguments)
     except FoveateError as error:
         print(error, file=sys.stderr)
         return 2
@@ -259,6 +497,39 @@ def main() -> int:
             file.write(json.dumps(results, indent=2) + "\n")
         print(f"written: {arguments.out}")
     return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    describer = foveate.load(arguments.model, device="cpu")
+    results: dict[str, Any] = {
+        "model": arguments.model,
+        "device": str(describer.model.device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "image_size": arguments.size,
+        "repeats": arguments.repeats,
+        "clock": arguments.clock,
+        "tasks": TASKS,
+        "target_ratio": TARGET,
+        "target_tower_share": TOWER_TARGET,
+    }
+    if "cases" in arguments.only:
+        results["speed"] = [measure_speed(describer, regions, images, arguments) for regions, images in CASES]
+    if "speed-ups" in arguments.only:
+        models = (describer, paper_proportions(describer))
+        results["speed_ups"] = [measure_speed_ups(model, arguments.regions, arguments) for model in models]
+    if "linear" in arguments.only:
+        results["linear"] = measure_linear(arguments)
+    if "memory" in arguments.only:
+        results["memory"] = measure_memory(arguments.model, 64, arguments.size)
+    if "start-up" in arguments.only:
+        results["start_up"] = measure_start_up(arguments.model, arguments.repeats, arguments.size)
+    return results
 
 
 if __name__ == "__main__":

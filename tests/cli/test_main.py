@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from foveate import cli
 from foveate.errors import CheckpointError, InputError, RecipeError
+from foveate.training.runner import EvaluationResult
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -210,3 +212,29 @@ def test_progress_bars_of_weights_are_off_and_those_of_downloads_on(capsys: pyte
 def test_a_fault_of_ours_is_not_dressed_up(failing: BaseException) -> None:
     with pytest.raises(ZeroDivisionError):
         cli.main(["evaluate", "recipe.yaml", "--model", "m"])
+
+
+def test_quantized_metrics_stand_beside_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def evaluate(*arguments: Any, **options: Any) -> EvaluationResult:
+        asked.append(options["quantize"])
+        after = {"accuracy": 0.5, "per": {"cat": 0.25, "dog": float("nan")}, "regions": 64, "dataset": "d"}
+        before = {"accuracy": 0.625, "per": {"cat": 0.25, "dog": 1.0}, "regions": 64, "dataset": "d"}
+        return EvaluationResult("dynrefer", "m", after, 3.0, "int8", before, 2.0)
+
+    monkeypatch.setattr("foveate.training.runner.evaluate", evaluate)
+    code, out, _ = run(capsys, "evaluate", "recipe.yaml", "--model", "dynrefer-world", "--quantize", "int8")
+    assert code == 0
+    assert asked == ["int8"]
+    assert "int8 3 s, unquantised 2 s" in out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["accuracy", "0.625", "0.5", "-0.12"],
+        ["per.cat", "0.25", "0.25", ""],
+        ["per.dog", "1", "nan", ""],
+        ["regions", "64", "64", ""],
+        ["dataset", "d", "", ""],
+    ]

@@ -87,6 +87,39 @@ def test_train_then_evaluate(recipe, tmp_path):
     assert written["method"] == "tiny"
 
 
+def test_quantized_beside_the_model_as_it_is(recipe, tmp_path):
+    """Both on the CPU, with files of their own; the numbers of the quantised one are the result."""
+    checkpoint = train(recipe, ["training.max_steps=2"]).checkpoint
+    with pytest.raises(InputError, match="a 'tiny' is not evaluated in int8; leave quantize out"):
+        evaluate(recipe, checkpoint, quantize="int8")
+    plain = evaluate(recipe, checkpoint)
+    assert plain.quantize is None
+    assert "unquantized" not in json.loads((tmp_path / "out" / "evaluation.json").read_text())
+
+    module = sys.modules["foveate_tiny_method.recipe"]
+    exact, calls = module.evaluate, []
+
+    def rounded(recipe, model_path, *, device=None, quantize=None):
+        calls.append((recipe.output, device, quantize))
+        metrics = exact(recipe, model_path)
+        return metrics if quantize is None else metrics | {"error": round(metrics["error"], 2)}
+
+    module.evaluate = rounded
+    result = evaluate(recipe, checkpoint, quantize="int8")
+    assert calls == [(plain_output() / "int8", "cpu", "int8"), (plain_output(), "cpu", None)]
+    assert result.quantize == "int8"
+    assert result.unquantized is not None
+    assert result.unquantized["error"] == plain.metrics["error"]
+    assert result.metrics["error"] == round(plain.metrics["error"], 2) != plain.metrics["error"]
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["metrics"]["error"] == result.metrics["error"]
+    assert written["unquantized"]["error"] == plain.metrics["error"]
+
+
+def plain_output():
+    return load_recipe("world.yaml").output
+
+
 def test_the_same_recipe_and_seed_give_the_same_model(recipe):
     first, second = train(recipe, out="a"), train(recipe, out="b")
     assert first.history == second.history

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.options import Debug, Device, DType, Progress, hide_weight_bars, one_line, progress_bar
+from foveate.cli.options import Debug, Device, DType, Progress, Quantize, hide_weight_bars, one_line, progress_bar
 from foveate.errors import InputError
 from foveate.files import ResumableLines, atomic_write
 
@@ -144,6 +144,7 @@ def describe(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Regions that run together.")] = 64,
     device: Device = None,
     dtype: DType = None,
+    quantize: Quantize = None,
     debug: Debug = False,
 ) -> None:
     """Describe regions of images: caption, tags, attributes and category, each with its probability.
@@ -193,7 +194,9 @@ def describe(
     skipped: list[_Job] = []
     skipped_before = 0
     if style == "jsonl" and out is not None:
-        key = json.dumps([[os.fspath(image) for image in images], _digest(regions), options, model, dtype, proposed])
+        key = json.dumps(
+            [[os.fspath(image) for image in images], _digest(regions), options, model, dtype, quantize, proposed]
+        )
         lines = ResumableLines(out, key=key, resume=resume)
         pending = pending[len(lines.finished) :]
         skipped_before = sum("error" in json.loads(line) for line in lines.finished)
@@ -207,7 +210,13 @@ def describe(
 
     folder = find_checkpoint(model)
     hide_weight_bars()
-    describer = load(folder, device=device, dtype=dtype)
+    describer = load(folder, device=device, dtype=dtype, quantize=quantize)
+    if quantize is not None:
+        print(
+            f"note: {quantize} changes answers a little; `foveate evaluate RECIPE --model {one_line(model)} --quantize "
+            f"{quantize}` measures how much.",
+            file=sys.stderr,
+        )
     with progress_bar("regions" if len(images) == 1 else "images") as progress:
         options["batch_size"] = batch_size  # not before: the lines to resume do not depend on it
         if listed is not None:

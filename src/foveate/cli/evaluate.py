@@ -18,6 +18,14 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as evaluation.data.regions=100.")
     ] = None,
     out: RunFolder = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            metavar="int8",
+            help="Evaluate on the CPU with linear layers in int8, and without, and print what that changes.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Evaluate a model on the data and by the protocol of a recipe."""
@@ -25,4 +33,4 @@ def evaluate(
     from foveate.training.runner import evaluate as run
 
     hide_weight_bars()
-    print_evaluation(run(recipe, find_checkpoint(model), overrides or [], out=out))
+    print_evaluation(run(recipe, find_checkpoint(model), overrides or [], out=out, quantize=quantize))

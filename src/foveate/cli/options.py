@@ -14,6 +14,10 @@ import typer
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best one by default.")]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what suits.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="int8", help="Linear layers in int8, on a CPU; pays where they are wide."),
+]
 
 ModelName = Annotated[str, typer.Option("--model", help="Folder of the model, or the name of a shipped one.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +23,21 @@ def print_training(result: TrainResult) -> None:
 
 
 def print_evaluation(result: EvaluationResult, report: Path | None = None) -> None:
-    """A row per metric."""
-    _table(f"{result.method}: {result.model} ({result.seconds:.0f} s)", result.metrics)
+    """A row per metric; of a quantised model with the metrics of the unquantised one and the differences."""
+    if result.quantize is None or result.unquantized is None:
+        _table(f"{result.method}: {result.model} ({result.seconds:.0f} s)", result.metrics)
+    else:
+        title = f"{result.method}: {result.model} ({result.quantize} {result.seconds:.0f} s, "
+        title += f"unquantised {result.unquantized_seconds:.0f} s)"
+        before = dict(_flat(result.unquantized))
+        rows = []
+        for name, value in _flat(result.metrics):
+            numbers = all(isinstance(v, int | float) for v in (before.get(name), value))
+            difference = value - before[name] if numbers else 0.0
+            changed = f"{difference:+.2g}" if difference and math.isfinite(difference) else ""
+            same_words = not numbers and value == before.get(name)
+            rows.append([name, _cell(before.get(name)), "" if same_words else _cell(value), changed])
+        _rows(title, ["metric", "unquantised", result.quantize, "difference"], rows)
     if report is not None:
         print(f"report: {report}")
 
@@ -48,8 +62,11 @@ def print_tuning(result: Tuning) -> None:
 
 
 def _table(title: str, values: Mapping[str, Any]) -> None:
-    rows = [[name, f"{value:.4g}" if isinstance(value, float) else str(value)] for name, value in _flat(values)]
-    _rows(title, ["metric", "value"], rows)
+    _rows(title, ["metric", "value"], [[name, _cell(value)] for name, value in _flat(values)])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

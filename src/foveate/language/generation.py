@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from foveate.errors import CheckpointError, InputError
+from foveate.language.beam_search import beam_search, can_search
 
 _SETTINGS: dict[str, tuple[float, float]] = {
     "max_new_tokens": (1, 4096),
@@ -64,8 +65,8 @@ class FiniteLogits(LogitsProcessor):
 
 
 class _LogSoftmax(LogitsProcessor):
-    """Greedy search masks and penalises raw logits, beam search log-probabilities; with this first in line, greedy does
-    as beams do."""
+    """Greedy search of `generate` masks and penalises raw logits, beam search log-probabilities; with this first in
+    line, greedy does as beams do."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return torch.log_softmax(scores, dim=-1)
@@ -138,11 +139,11 @@ def generate_finite(
             f"The input embeddings of the language model are not finite (dtype {inputs_embeds.dtype}); run the vision "
             "part in bf16 or fp32 and check its checkpoint."
         )
-    greedy = num_beams == 1
-    # generate() counts a decoder-only model's prompt as part of the length, `sequences` does not hold it
-    prompt_length = 0 if model.config.is_encoder_decoder else inputs_embeds.shape[1]
+    searched = can_search(model)
+    # Else `generate` does this: beams by its own settings, and for greedy search, which has no log-probabilities, here.
+    by_us = searched or num_beams == 1
     processors = LogitsProcessorList([FiniteLogits(model)])
-    if greedy:
+    if by_us:
         processors.append(_LogSoftmax())
         ends = _end_tokens(model)
         if min_length > 0 and len(ends) > 0:
@@ -150,32 +151,45 @@ def generate_finite(
     if repetition_penalty != 1.0:
         # As a setting of generate() it would spare as many tokens as a row of embeddings is padded on the left.
         processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        min_length=0 if greedy else min_length + prompt_length,
-        length_penalty=length_penalty,
-        repetition_penalty=1.0,
-        # would replace NaN before it is seen, should the checkpoint's own generation_config ask for it
-        remove_invalid_values=False,
-        renormalize_logits=False,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    output = model.generate(
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        generation_config=config,
-        logits_processor=processors,
-    )
-    log_scores = _greedy_scores(model, output, length_penalty) if greedy else output.sequences_scores
+    if searched:
+        sequences, log_scores = beam_search(
+            model,
+            inputs_embeds,
+            attention_mask,
+            processors,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+        )
+    else:
+        # generate() counts a decoder-only model's prompt as part of the length, `sequences` does not hold it
+        prompt_length = 0 if model.config.is_encoder_decoder else inputs_embeds.shape[1]
+        output = model.generate(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                min_length=0 if by_us else min_length + prompt_length,
+                length_penalty=None if num_beams == 1 else length_penalty,  # greedy search would warn of it
+                repetition_penalty=1.0,
+                # would replace NaN before it is seen, should the checkpoint's own generation_config ask for it
+                remove_invalid_values=False,
+                renormalize_logits=False,
+                return_dict_in_generate=True,
+                output_scores=True,
+            ),
+            logits_processor=processors,
+        )
+        sequences = output.sequences
+        log_scores = _greedy_scores(model, output, length_penalty) if num_beams == 1 else output.sequences_scores
     log_scores = log_scores.float()
     if not torch.isfinite(log_scores).all():
         raise CheckpointError(
             f"The language model gives non-finite sequence scores ({FiniteLogits(model).description})."
         )
-    return GeneratedSequences(output.sequences, log_scores.exp(), log_scores)
+    return GeneratedSequences(sequences, log_scores.exp(), log_scores)
 
 
 def _greedy_scores(model: Any, output: Any, length_penalty: float) -> Tensor:

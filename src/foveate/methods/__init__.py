@@ -62,7 +62,7 @@ class Method:
     @property
     def predictor(self) -> type[Any]:
         """The class of the object that users hold; it has `from_pretrained(folder, device=, dtype=)`,
-        with `proposer=` where it can find regions by itself."""
+        with `proposer=` where it can find regions by itself and `quantize=` where it can run in int8."""
         return getattr(self.module("predictor"), f"{self.prefix}Predictor")
 
 
@@ -113,6 +113,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
     proposer: Any = None,
 ) -> Any:
     """Loads a predictor.
@@ -123,6 +124,7 @@ def load(
         device: "cpu", "cuda", "cuda:1", "mps"; by default the best one there is.
         dtype: "float32", "bfloat16", "float16" or torch's own; by default bfloat16 on a GPU that computes in it, else
             float32.
+        quantize: "int8" for linear layers in int8 on a CPU; `foveate evaluate --quantize int8` says what it changes.
         proposer: for methods that find regions by themselves (`everything=True`): the name of a proposer, or what
             `foveate.vision.proposals.load_proposer` gives; by default the model's own.
 
@@ -130,7 +132,8 @@ def load(
         The predictor of the checkpoint's method, for instance `foveate.methods.dynrefer.predictor.DynReferPredictor`.
 
     Raises:
-        InputError: there is no such model, device or dtype, or it is not a model that a verb of foveate runs.
+        InputError: there is no such model, device, dtype or quantisation, or it is not a model that a verb of foveate
+            runs.
         CheckpointError: the checkpoint is truncated, corrupt or of another layout.
     """
     where, precision = _device(device), find_dtype(dtype)
@@ -139,7 +142,8 @@ def load(
     for method in METHODS.values():
         if method.model_type == model_type:
             register()
-            options = {} if proposer is None else {"proposer": proposer}
+            options = {"quantize": quantize, "proposer": proposer}
+            options = {name: value for name, value in options.items() if value is not None}
             return method.predictor.from_pretrained(folder, device=where, dtype=precision, **options)
     if not isinstance(model_type, str):
         raise CheckpointError(f"{folder / 'config.json'} does not say its model_type; copy the checkpoint again.")

@@ -121,6 +121,34 @@ class TestAnswers:
         assert [region.caption for region in captions] == [region.caption for region in together]  # pyright: ignore
         assert all(not region.tags for region in captions)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def test_what_runs_together_does_not_change_the_answers(
+        self, predictor: DynReferPredictor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Region tokens of all groups of tasks at once or one by one, texts at once or by twos."""
+        passes: list[int] = []
+        model = predictor.model
+        original = model.encode_regions
+        monkeypatch.setattr(model, "encode_regions", lambda *a: passes.append(len(a[1])) or original(*a))
+        together = predictor(photo, boxes=BOXES)
+        assert passes == [8]  # four regions for two groups of tasks
+        monkeypatch.setattr("foveate.methods.dynrefer.predictor._FEW_REGIONS", 7)
+        monkeypatch.setattr("foveate.methods.dynrefer.predictor._TEXTS_AT_ONCE", 2)
+        fresh = DynReferPredictor(model, predictor.processor)
+        for one, other in zip(fresh(photo, boxes=BOXES), together, strict=True):
+            assert_same(one, other, 1e-5)  # pyright: ignore[reportArgumentType]
+        assert passes == [8, 4, 4]
+
+    def test_attributes_and_category_share_a_pass(
+        self, predictor: DynReferPredictor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        texts: list[int] = []
+        model = predictor.model
+        original = model.text_logits
+        monkeypatch.setattr(model, "text_logits", lambda *a: texts.append(len(a[1])) or original(*a))
+        predictor(photo, boxes=BOXES)
+        vocabulary = predictor.processor.vocabulary
+        assert texts == [len(vocabulary.prompts) + len(vocabulary.classes)]
+
     def test_views(self, predictor: DynReferPredictor, photo: Image.Image) -> None:
         def seen(views: Any) -> list[tuple[float, ...]]:
             regions = predictor(photo, boxes=BOXES, views=views, tasks="tags")

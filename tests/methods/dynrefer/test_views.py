@@ -140,6 +140,15 @@ class TestCrops:
                 assert batch.crop_boxes[index].tolist() == views[row, column].tolist()
                 np.testing.assert_array_equal(batch.crops[index], crop_view(photo, views[row, column], 56))
 
+    def test_threads_cut_the_same_crops(self, photo: Image.Image) -> None:
+        boxes = np.array([[x, x / 2, x + 20, x / 2 + 25] for x in range(0, 70, 3)])
+        alone = build_views(photo, boxes, np.array([0, 0.3, 1]), 24)
+        together = build_views(photo, boxes, np.array([0, 0.3, 1]), 24, threads=3)
+        assert len(alone.crops) == 2 * len(boxes) + 1
+        np.testing.assert_array_equal(together.crops, alone.crops)
+        for crop, box in zip(together.crops, together.crop_boxes, strict=True):
+            np.testing.assert_array_equal(crop, crop_view(photo, box, 24))
+
     def test_each_region_its_own_coefficients(self, photo: Image.Image) -> None:
         boxes, t = np.array([[20, 10, 50, 30]] * 2), np.array([[0, 0.2], [0, 1]])
         batch = build_views(photo, boxes, t, 28)

@@ -69,10 +69,17 @@ class AlignModule(nn.Module):
     def forward(self, reference: Tensor, features: Tensor) -> Tensor:
         """(B, C, g, g) features of the region view and of a context view -> (B, C, g, g) aligned context features."""
         value = self.value_proj(features.permute(0, 2, 3, 1))
-        hidden = self.offset_mask_dw(torch.cat([features, reference], dim=1))
+        hidden = self._pairwise(torch.cat([features, reference], dim=1))
         offset_mask = self.offset_mask(hidden.permute(0, 2, 3, 1))
         sampled = deform_sample(value, offset_mask, groups=self.groups)
         return self.output_proj(sampled).permute(0, 3, 1, 2)
+
+    def _pairwise(self, pairs: Tensor) -> Tensor:
+        """`offset_mask_dw`, each of whose outputs reads two neighbouring channels, as a depthwise convolution of all
+        channels and a sum of pairs: oneDNN runs groups of one channel eight times as fast as groups of two."""
+        weight = self.offset_mask_dw.weight.flatten(0, 1)[:, None]
+        single = F.conv2d(pairs, weight, padding=1, groups=pairs.shape[1])
+        return single[:, 0::2] + single[:, 1::2] + self.offset_mask_dw.bias[:, None, None]
 
 
 class HeadAttention(nn.Module):
@@ -378,7 +385,6 @@ class DynReferModel(DynReferPreTrainedModel):
             spatial_scale=1 / self.config.vision_config.patch_size,
             sampling_ratio=2,
             aligned=False,
-            batch_index=torch.arange(regions * views, device=maps.device),
         )
         return aligned.unflatten(0, (regions, views)), tokens[:, 0].unflatten(0, (regions, views))
 

@@ -39,6 +39,7 @@ from foveate.vision.proposals import (
 
 from .captioners import EncoderDecoder
 from .configuration import CANDIDATE_VIEWS, DynReferConfig, find_dynrefer, is_whole, tag_thresholds
+from .int8 import check_quantize, quantize_linears
 from .modeling import DynReferModel, group_maximum
 from .processing import CLASS_TEMPLATE, PROCESSOR_FILE, DynReferProcessor, control_text
 from .results import Region, Regions, Report, View, ViewChoice
@@ -53,6 +54,12 @@ _ALIASES = {
     "categories": "category",
     "class": "category",
 }
+
+_TEXTS_AT_ONCE = 512
+"""Of a tag list that the text encoder reads; thousands at once would need gigabytes."""
+_FEW_REGIONS = 32
+"""Up to so many go through the region encoder for all groups of tasks at once; more fill it by themselves, and would
+only take more memory."""
 
 STAGES = ("proposals", "search", "crops", "tower", "fusion", "heads", "captions")
 
@@ -137,6 +144,7 @@ class DynReferPredictor:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
         proposer: str | Path | Proposer | BoxFile | None = None,
     ) -> DynReferPredictor:
         """Load a folder written by training or conversion.
@@ -144,14 +152,19 @@ class DynReferPredictor:
         Args:
             device: default CUDA if there is one, else CPU.
             dtype: default bfloat16 on a GPU that computes in it, else float32. float16 is for decoder-only captioners.
+            quantize: "int8" for linear layers in int8 on a CPU, which is faster where they are wide, takes a quarter of
+                the memory, and changes the answers a little.
             proposer: as the class takes it; a name is loaded when it is first needed.
 
         Raises:
-            InputError: there is no such model, it is of another kind, or the dtype is float16 and its captioner a T5.
+            InputError: there is no such model, it is of another kind, the dtype is float16 and its captioner a T5, or
+                int8 cannot run here.
             CheckpointError: a file of it is damaged or does not fit the others; the sentence names the file.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or default_dtype(device)
+        if quantize is not None:
+            check_quantize(quantize, device)
         folder = find_dynrefer(folder)
         if dtype == torch.float16 and DynReferConfig.from_pretrained(folder).captioner is EncoderDecoder:
             raise InputError("DynRefer's T5 overflows in float16 and gives broken captions; use bfloat16 or float32")
@@ -161,6 +174,8 @@ class DynReferPredictor:
             raise
         except Exception as error:  # safetensors and transformers raise many types on a damaged file
             raise CheckpointError(f"cannot load the DynRefer checkpoint {str(folder)!r}: {error}") from error
+        if quantize is not None:
+            quantize_linears(model)
         config = model.config
         processor = DynReferProcessor.from_pretrained(folder, base_models=config.base_models)
         for part, tokenizer, entries in (
@@ -463,7 +478,6 @@ class DynReferPredictor:
         meter: _Meter,
     ) -> Iterator[tuple[int, Region]]:
         config = self.model.config
-        n = config.num_views
         with meter.stage("crops"):
             batches = [
                 build_views(
@@ -472,6 +486,7 @@ class DynReferPredictor:
                     np.concatenate([t[rows] for t in jobs[index].coefficients], axis=1),
                     config.image_size,
                     exact=config.exact_box_rounding,
+                    threads=torch.get_num_threads(),  # who limits torch limits these
                 )
                 for index, rows in chunk
             ]
@@ -482,18 +497,10 @@ class DynReferPredictor:
         offsets = np.cumsum([0, *(len(batch.crops) for batch in batches[:-1])])
         view_index = np.concatenate([batch.view_index + offset for batch, offset in zip(batches, offsets, strict=True)])
         region_boxes = np.concatenate([batch.region_boxes for batch in batches])
+        with meter.stage("fusion"):
+            query_outputs = self._region_tokens(tokens, view_index, region_boxes)
         answers: dict[str, list[dict[str, Any]]] = {}
-        for number, (_, members) in enumerate(groups):
-            columns = slice(number * n, (number + 1) * n)
-            index = torch.from_numpy(view_index[:, columns].copy()).to(tokens.device)
-            boxes = torch.from_numpy(region_boxes[:, columns].copy()).to(tokens.device)
-            with meter.stage("fusion"):
-                query_output = self.model.encode_regions(tokens[index.flatten()], boxes)
-            if not torch.isfinite(query_output).all():
-                raise CheckpointError(
-                    f"the region tokens are not finite in {query_output.dtype} on {query_output.device}; load with "
-                    "dtype=torch.float32 and check that the checkpoint is intact"
-                )
+        for query_output, (_, members) in zip(query_outputs, groups, strict=True):
             answers |= self._answer(query_output, members, classes, controls, num_beams, meter)
         rows_in_chunk = 0
         for (job_index, rows), batch in zip(chunk, batches, strict=True):
@@ -511,6 +518,32 @@ class DynReferPredictor:
                 )
                 yield job_index, replace(region, **fields)
             rows_in_chunk += rows.stop - rows.start
+
+    def _region_tokens(self, tokens: Tensor, view_index: np.ndarray, region_boxes: np.ndarray) -> list[Tensor]:
+        """Region tokens (R, Q, H) of each task group; few regions go through the encoder for all groups at once.
+
+        Args:
+            tokens: (U, 1 + g*g, C) of the distinct views.
+            view_index, region_boxes: (R, groups * n) rows of `tokens`, (R, groups * n, 4), groups side by side.
+        """
+        n = self.model.config.num_views
+        regions, columns = view_index.shape
+        groups = columns // n
+        index = torch.from_numpy(view_index).to(tokens.device).view(regions, groups, n).transpose(0, 1).flatten(0, 1)
+        boxes = torch.from_numpy(region_boxes).to(tokens.device)
+        boxes = boxes.view(regions, groups, n, 4).transpose(0, 1).flatten(0, 1)
+        together = len(index) if len(index) <= _FEW_REGIONS else regions
+        pieces = [
+            self.model.encode_regions(tokens[own.flatten()], own_boxes)
+            for own, own_boxes in zip(index.split(together), boxes.split(together), strict=True)
+        ]
+        query_output = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if not torch.isfinite(query_output).all():
+            raise CheckpointError(
+                f"the region tokens are not finite in {query_output.dtype} on {query_output.device}; load with "
+                "dtype=torch.float32 and check that the checkpoint is intact"
+            )
+        return list(query_output.split(regions))
 
     def _views(
         self, image: Image.Image, batch: Any, row: int, groups: Sequence[tuple[Any, tuple[str, ...]]]
@@ -543,7 +576,7 @@ class DynReferPredictor:
         size = self._views_together(weight.device)
         pieces = [
             self.model.encode_views(
-                self.processor.pixel_values(crops[start : start + size]).to(weight.device, weight.dtype)
+                self.processor.pixel_values(crops[start : start + size], weight.device).to(weight.dtype)
             )
             for start in range(0, len(crops), size)
         ]
@@ -596,9 +629,14 @@ class DynReferPredictor:
                     {"tags": tag_lists[r], "tag_scores": dict(zip(vocabulary.tags, scores[r].tolist(), strict=True))}
                     for r in range(count)
                 ]
-        if "attributes" in tasks:
-            similarity = model.text_logits(query_output, self._text_embeds(tuple(vocabulary.prompts))).float()
-            best = group_maximum(_finite(model.contrast_logits(similarity), "attribute"), vocabulary.group_sizes)
+        prompts = tuple(vocabulary.prompts) if "attributes" in tasks else ()
+        class_prompts = tuple(CLASS_TEMPLATE.format(name.lower()) for name in classes) if "category" in tasks else ()
+        if prompts or class_prompts:
+            embeds = torch.cat([self._text_embeds(texts) for texts in (prompts, class_prompts) if texts])
+            similarity = model.contrast_logits(model.text_logits(query_output, embeds).float())
+            attribute_logits, class_logits = similarity.split([len(prompts), len(class_prompts)], dim=1)
+        if prompts:
+            best = group_maximum(_finite(attribute_logits, "attribute"), vocabulary.group_sizes)
             scores = self._probability("attributes", best).cpu().numpy()
             names = [attribute.name for attribute in vocabulary.attributes]
             out["attributes"] = []
@@ -610,10 +648,8 @@ class DynReferPredictor:
                         "attribute_scores": dict(zip(names, row.tolist(), strict=True)),
                     }
                 )
-        if "category" in tasks:
-            prompts = tuple(CLASS_TEMPLATE.format(name.lower()) for name in classes)
-            similarity = model.text_logits(query_output, self._text_embeds(prompts)).float()
-            logits = _finite(model.contrast_logits(similarity), "class")
+        if class_prompts:
+            logits = _finite(class_logits, "class")
             scale = model.config.calibration.get("category", (1.0,))[0]
             scores = torch.softmax(scale * logits, dim=1).cpu().numpy()
             out["category"] = [
@@ -658,9 +694,12 @@ class DynReferPredictor:
             if texts not in self._embeds:
                 if len(self._embeds) >= 64:
                     self._embeds.pop(next(iter(self._embeds)))
-                ids, mask = self.processor.text_ids(texts)
                 device = self.model.device
-                self._embeds[texts] = self.model.encode_text(ids.to(device), mask.to(device))
+                parts = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
+                encoded = [self.processor.text_ids(part) for part in parts]
+                self._embeds[texts] = torch.cat(
+                    [self.model.encode_text(ids.to(device), mask.to(device)) for ids, mask in encoded]
+                )
             return self._embeds[texts]
 
 

@@ -897,9 +897,15 @@ def _temperature(log_scores: Tensor, labels: Tensor) -> float:
     return float(scales[int(torch.stack(losses).argmin())])
 
 
-def evaluate(recipe: DynReferRecipe, model_path: Path) -> dict[str, Any]:
-    """Metrics of the main job on regions with given boxes, or those of a published protocol (spec 5)."""
-    predictor = DynReferPredictor.from_pretrained(model_path)
+def evaluate(
+    recipe: DynReferRecipe, model_path: Path, *, device: str | None = None, quantize: str | None = None
+) -> dict[str, Any]:
+    """Metrics of the main job on regions with given boxes, or those of a published protocol (spec 5).
+
+    Args:
+        device, quantize: as `DynReferPredictor.from_pretrained`.
+    """
+    predictor = DynReferPredictor.from_pretrained(model_path, device=device, quantize=quantize)
     settings = recipe.evaluation
     options: dict[str, Any] = {"num_beams": settings.num_beams, "batch_size": settings.batch_size}
     if settings.protocol is not None:

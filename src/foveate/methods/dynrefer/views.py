@@ -6,6 +6,7 @@ t = 0 is the region itself, t = 1 the whole image. Boxes are xyxy pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +107,13 @@ class ViewBatch:
 
 
 def build_views(
-    image: Image.Image, boxes: np.ndarray, coefficients: np.ndarray, image_size: int, *, exact: bool = True
+    image: Image.Image,
+    boxes: np.ndarray,
+    coefficients: np.ndarray,
+    image_size: int,
+    *,
+    exact: bool = True,
+    threads: int = 1,
 ) -> ViewBatch:
     """Crop every view of every region once: equal crops (t = 1 of all regions, say) are shared.
 
@@ -114,20 +121,37 @@ def build_views(
         image: RGB.
         boxes: (R, 4) xyxy floats.
         coefficients: (R, n) or (n,), t of each view, the first 0.
+        threads: so many crop and resize side by side; PIL resizes without Python's lock.
     """
     width, height = image.size
     boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
     t = np.broadcast_to(np.asarray(coefficients, dtype=np.float64), (len(boxes), np.shape(coefficients)[-1]))
     views = pixel_boxes(interpolate_boxes(boxes, t, width, height), width, height)
     distinct, index = np.unique(views.reshape(-1, 4), axis=0, return_inverse=True)
-    crops = [crop_view(image, box, image_size) for box in distinct]
     return ViewBatch(
-        crops=np.stack(crops) if crops else np.zeros((0, image_size, image_size, 3), np.uint8),
+        crops=_crop_views(image, distinct, image_size, threads),
         crop_boxes=distinct,
         view_index=index.reshape(views.shape[:2]),
         region_boxes=boxes_in_views(pixel_boxes(boxes, width, height), views, image_size, exact=exact),
         coefficients=t,
     )
+
+
+def _crop_views(image: Image.Image, boxes: np.ndarray, image_size: int, threads: int) -> np.ndarray:
+    """`crop_view` of each box: (U, s, s, 3) uint8."""
+    crops = np.empty((len(boxes), image_size, image_size, 3), np.uint8)
+
+    def cut(start: int, step: int) -> None:
+        for row in range(start, len(boxes), step):
+            crops[row] = crop_view(image, boxes[row], image_size)
+
+    if threads == 1 or len(boxes) < 4 * threads:
+        cut(0, 1)
+    else:
+        # Threads of this call alone: those of a pool that is kept would be missing in a forked process.
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(cut, range(threads), [threads] * threads))
+    return crops
 
 
 def region_from_polygons(polygons: Sequence[Sequence[float]]) -> np.ndarray:
