@@ -239,7 +239,7 @@ def _draw_object(draw: np.random.Generator, placed: Sequence[_Placed], width: in
         del attributes["size"]
     else:
         attributes["size"] = size.name
-    look = _look(draw, category, attributes)
+    look = random_look(draw, category, attributes)
     longer = draw.uniform(size.low, size.high) * min(width, height)
     aspect = SHAPES[category].aspect(look)
     # Half a pixel either way would leave the class of sizes at low resolution, so the longer side is rounded last.
@@ -257,7 +257,12 @@ def _draw_size(draw: np.random.Generator, *, crowded: bool) -> SizeClass:
     return classes[int(draw.choice(len(classes), p=weights / weights.sum()))]
 
 
-def _look(draw: np.random.Generator, category: str, attributes: dict[str, str]) -> Look:
+def random_look(draw: np.random.Generator, category: str, attributes: dict[str, str], text: str | None = None) -> Look:
+    """How an object with these attributes is drawn: its colour jittered, a word of the world on what has one.
+
+    Args:
+        text: the word instead, letters A to Z.
+    """
     spec = categories()[category]
     anchor = colours()[attributes["colour"]]
     rgb = tuple(int(np.clip(value + draw.integers(-8, 9), 0, 255)) for value in anchor)
@@ -271,7 +276,7 @@ def _look(draw: np.random.Generator, category: str, attributes: dict[str, str]) 
         state=attributes.get(spec.state_family) if spec.state_family else None,
         pose=attributes.get("pose"),
         facing=facing.split()[-1] if facing else None,
-        text=words[int(draw.integers(len(words)))] if spec.has_text else None,
+        text=text or words[int(draw.integers(len(words)))] if spec.has_text else None,
         seed=int(draw.integers(2**31)),
     )
 
