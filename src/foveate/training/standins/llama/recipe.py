@@ -61,7 +61,7 @@ class LlamaSizes(RecipeSection):
     feed_forward: int = Field(384, gt=0, le=65536)
     positions: int = Field(2048, ge=256, le=1_000_000, description="longest sequence that the configuration promises")
     template: str = Field("vicuna", description="of the conversations")
-    turns: int = Field(6, gt=0, le=64, description="most questions of a conversation")
+    length: int = Field(224, gt=0, le=100_000, description="tokens that a conversation is filled to with questions")
     text_share: float = Field(0.1, ge=0, lt=1, description="samples that are a caption by itself")
     prompt_weight: float = Field(0.2, ge=0, description="factor of the loss on what is not an answer")
 
@@ -252,14 +252,26 @@ def random_exchange(draw: np.random.Generator) -> Callable[[str], str]:
 
 
 def conversation_ids(
-    context: str, pairs: Sequence[tuple[str, str]], tokenizer: Any, template: str
+    context: str, pairs: Sequence[tuple[str, str]], tokenizer: Any, template: str, length: int
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a conversation whose first question has the scene in words before it."""
+    """Token ids and labels of a conversation whose first question has the scene in words before it.
+
+    Args:
+        pairs: questions and answers; those after the first are left out from where they no longer fit into `length`.
+    """
     messages = []
     for number, (asked, answer) in enumerate(pairs):
         messages.append({"from": "human", "value": asked if number else f"{context}\n{asked}"})
         messages.append({"from": "gpt", "value": answer})
-    return encode_turns(render_conversation(messages, find_template(template)), tokenizer)
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in render_conversation(messages, find_template(template)):
+        more, learnt = encode_turns([turn], tokenizer, first=not ids)
+        if ids and len(ids) + len(more) > length:
+            break
+        ids += more
+        labels += learnt
+    return ids, labels
 
 
 class WorldTalk(SeededDataset):
@@ -292,19 +304,21 @@ class WorldTalk(SeededDataset):
             pairs.insert(0, (BRIEFLY, scene.summary()))
         if not pairs:
             pairs.append((BRIEFLY, scene.summary()))
-        ids, labels = conversation_ids(scene.context(order), pairs, self.tokenizer, self.sizes.template)
+        ids, labels = conversation_ids(
+            scene.context(order), pairs, self.tokenizer, self.sizes.template, self.sizes.length
+        )
         return {"ids": ids, "labels": labels}
 
     def _questions(self, scene: SceneWords, draw: np.random.Generator) -> list[tuple[str, str]]:
-        """Up to `turns` questions, the kinds as evenly as the scene has them."""
+        """All questions of the scene, each kind in turn as long as it has some left."""
         pool: defaultdict[str, list[SceneQuestion]] = defaultdict(list)
         for number in draw.permutation(len(scene.questions)):
             pool[scene.questions[number].kind].append(scene.questions[number])
         chosen: list[SceneQuestion] = []
-        while len(chosen) < self.sizes.turns and any(pool.values()):
+        while any(pool.values()):
             kinds = [kind for kind in _KINDS if pool[kind]]
             chosen += [pool[kind].pop() for kind in draw.permutation(kinds)]
-        return [(each.question, each.answer) for each in chosen[: self.sizes.turns]]
+        return [(each.question, each.answer) for each in chosen]
 
 
 def _collate(pad: int) -> Callable[[list[dict[str, list[int]]]], dict[str, Tensor]]:
