@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ from foveate.world.scenes import render_scene
 from foveate.world.vocabulary import colour_names
 
 RECIPE = "recipes/standins/llama_world.yaml"
-TOKENIZER = build_tokenizer()
+TOKENIZER: Any = build_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -90,46 +91,10 @@ def test_conversations_are_vicunas() -> None:
     pairs = [("what colour is the car?", "red"), ("how many car objects are there?", "1")]
     ids, labels = conversation_ids("a street: a red car", pairs, TOKENIZER, "vicuna", 100)
     pieces = TOKENIZER.convert_ids_to_tokens(ids)
-    first = [
-        "<s>",
-        "▁user",
-        ":",
-        "▁a",
-        "▁street",
-        ":",
-        "▁a",
-        "▁red",
-        "▁car",
-        "\n",
-        "what",
-        "▁colour",
-        "▁is",
-        "▁the",
-        "▁car",
-        "?",
-        "▁assistant",
-        ":",
-        "▁red",
-        "</s>",
-        "▁\n",
-    ]
-    second = [
-        "<s>",
-        "▁user",
-        ":",
-        "▁how",
-        "▁many",
-        "▁car",
-        "▁objects",
-        "▁are",
-        "▁there",
-        "?",
-        "▁assistant",
-        ":",
-        "▁1",
-        "</s>",
-        "▁\n",
-    ]
+    first = ["<s>", "▁user", ":", "▁a", "▁street", ":", "▁a", "▁red", "▁car", "\n"]
+    first += ["what", "▁colour", "▁is", "▁the", "▁car", "?", "▁assistant", ":", "▁red", "</s>", "▁\n"]
+    second = ["<s>", "▁user", ":", "▁how", "▁many", "▁car", "▁objects", "▁are", "▁there", "?", "▁assistant", ":"]
+    second += ["▁1", "</s>", "▁\n"]
     assert pieces == [*first, *second]
     learnt = [piece for piece, label in zip(pieces, labels, strict=True) if label != -100]
     assert learnt == ["▁red", "</s>", "▁1", "</s>"]

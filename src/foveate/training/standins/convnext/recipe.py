@@ -1,10 +1,11 @@
 """Pre-training of `convnext-world`: a `ConvNextModel` whose four maps say what is where in a rendered scene.
 
 MG-LLaVA reads such a tower in two ways: the cells of the last map are fused with the low-resolution tokens, and objects
-are pooled from all four maps. So the objectives are the same two, and their heads are thrown away: each cell names the
-smallest object in it (category, attributes, the letters of a sign), the cells of the last map also everything that is
-in them, and each object is named from what is pooled over its box. Signs are one object in fifty, too few to learn to
-read from: more of them, with words that no scene has, are drawn into the training pictures.
+are pooled from all four maps. So the objectives are the same two, and their heads are thrown away: each cell of the
+coarser three names the smallest object in it (category, attributes, the letters of a sign), the cells of the last map
+also everything that is in them, and each object is named from what is pooled over its box. Signs are one object in
+fifty, too few to learn to read from: more of them, some with words that no scene has, are drawn into the training
+pictures.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class ConvNextSizes(RecipeSection):
     layer_scale: float = Field(0.5, gt=0, le=1, description="first factor of each block's branch")
     min_crop: float = Field(0.5, gt=0, le=1, description="smallest side of a training picture, in sides of its scene")
     whole: float = Field(0.3, ge=0, le=1, description="share of training pictures that are whole scenes")
-    signs: float = Field(1.5, ge=0, le=8, description="signs drawn into a training picture, on average")
-    new_words: float = Field(0.5, ge=0, le=1, description="share of these with random letters")
+    signs: float = Field(2.0, ge=0, le=8, description="signs drawn into a training picture, on average")
+    new_words: float = Field(0.3, ge=0, le=1, description="share of these with random letters")
     cell_weight: float = Field(1.0, ge=0, description="factor of the objectives on cells")
     object_weight: float = Field(1.0, ge=0, description="factor of the objectives on pooled objects")
 
@@ -182,7 +183,7 @@ class PictureDataset(SeededDataset):
             instances.append(sign.instance)
             areas.append(paint_sign(image, ids, sign, len(instances)))
         window = (slice(top, top + side), slice(left, left + side))
-        crop = Image.fromarray(image[window]).resize((sizes.image_size,) * 2, Image.Resampling.BICUBIC)
+        crop = Image.fromarray(image[window]).resize((sizes.image_size, sizes.image_size), Image.Resampling.BICUBIC)
         ids = ids[window]
         finest = sizes.image_size // STRIDES[0]
         centres = ((np.arange(finest) + 0.5) / finest * side).astype(int)
@@ -288,7 +289,8 @@ class ConvNextPretraining(nn.Module):
         self.trunk = trunk
         self.sizes = sizes
         trunk.layernorm.requires_grad_(False)  # of the pooled output, which nobody reads
-        widths = sizes.widths if sizes.cell_weight else []
+        # The finest map sees too little around a cell to name anything, and its many cells would cost the most.
+        widths = sizes.widths[1:] if sizes.cell_weight else []
         self.cell_heads = nn.ModuleList(NamingHead(width, width) for width in widths)
         if sizes.cell_weight:
             self.contents_head = nn.Sequential(nn.LayerNorm(widths[-1]), nn.Linear(widths[-1], len(category_names())))
@@ -316,7 +318,7 @@ class ConvNextPretraining(nn.Module):
     def _cells(self, maps: Sequence[Tensor], labels: Tensor, cells: Tensor) -> dict[str, Tensor]:
         per_stage = []
         shown = cells.split([one.shape[-1] ** 2 for one in maps], dim=1)
-        for head, one, own in zip(self.cell_heads, maps, shown, strict=True):
+        for head, one, own in zip(self.cell_heads, maps[1:], shown[1:], strict=True):
             per_stage.append(head(one.flatten(2).transpose(1, 2).flatten(0, 1), labels[own.flatten()]))
         losses = {name: torch.stack([found[name] for found in per_stage]).mean() for name in per_stage[0]}
         finest, last = maps[0].shape[-1], maps[-1]

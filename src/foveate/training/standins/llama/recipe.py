@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from foveate.errors import RecipeError
 from foveate.language.templates import IGNORED, TEMPLATES, encode_turns, find_template, render_conversation
@@ -358,7 +358,7 @@ class LlamaPretraining(nn.Module):
         return {"loss": losses["answers"] + losses["prompts"], "losses": losses}
 
 
-def _config(sizes: LlamaSizes, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+def _config(sizes: LlamaSizes, tokenizer: Any) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=sizes.width,
@@ -383,7 +383,7 @@ def build(recipe: LlamaRecipe) -> TrainingTask:
     scenes = read_scenes(recipe.data)
     if not scenes:
         raise RecipeError("the scenes of data have no object; raise data.count")
-    tokenizer = build_tokenizer(sizes.positions)
+    tokenizer: Any = build_tokenizer(sizes.positions)
     llama = LlamaForCausalLM(_config(sizes, tokenizer))
 
     def save(folder: Path) -> None:
@@ -393,7 +393,7 @@ def build(recipe: LlamaRecipe) -> TrainingTask:
     return TrainingTask(
         model=LlamaPretraining(llama, sizes.prompt_weight),
         train_dataset=WorldTalk(scenes, tokenizer, sizes),
-        collate=_collate(llama.config.pad_token_id),
+        collate=_collate(tokenizer.pad_token_id),
         save=save,
     )
 
