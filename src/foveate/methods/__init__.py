@@ -77,6 +77,8 @@ STAND_INS: dict[str, str] = {
     "clip-world": "foveate.training.standins.clip",
     "t5-world": "foveate.training.standins.t5",
     "proposer-world": "foveate.training.standins.proposer",
+    "llama-world": "foveate.training.standins.llama",
+    "convnext-world": "foveate.training.standins.convnext",
 }
 """Pre-trained parts that methods build on: they have recipes, but no verb of their own."""
 
