@@ -97,7 +97,10 @@ class Instance:
 
 @dataclass
 class Scene:
-    """A rendered picture: image (H, W, 3) uint8, instances from back to front, and what is said and asked of it."""
+    """A rendered picture: image (H, W, 3) uint8, instances from back to front, and what is said and asked of it.
+
+    `questions` are one of each kind, `all_questions` every one with a single right answer.
+    """
 
     seed: int
     image: np.ndarray
@@ -105,6 +108,7 @@ class Scene:
     instances: list[Instance]
     captions: tuple[str, ...] = ()
     questions: list[SceneQuestion] = field(default_factory=list)
+    all_questions: list[SceneQuestion] = field(default_factory=list)
 
 
 @dataclass
@@ -440,36 +444,47 @@ def _say(scene: Scene, draw: np.random.Generator) -> None:
     things = [f"a {item.attributes['colour']} {item.category}" for item in shown]
     if things:
         scene.captions = (scene_caption(scene.background, things[:3]), scene_caption(scene.background, things[:1]))
-    scene.questions = _questions(scene, shown, draw)
+    pool = _questions(scene, shown)
+    scene.questions = [
+        options[int(draw.integers(len(options)))]
+        for kind in raw_vocabulary()["questions"]
+        if (options := pool.get(kind))
+    ]
+    scene.all_questions = list(dict.fromkeys(asked for options in pool.values() for asked in options))
 
 
-def _questions(scene: Scene, shown: list[Instance], draw: np.random.Generator) -> list[SceneQuestion]:
-    """One question of each kind that has a single right answer."""
+def _questions(scene: Scene, shown: list[Instance]) -> dict[str, list[SceneQuestion]]:
+    """kind -> questions that have a single right answer; one that several objects give rise to is there for each."""
     pool: dict[str, list[SceneQuestion]] = {}
     every = [item.category for item in scene.instances]
     named = [(item.attributes["colour"], item.category) for item in scene.instances]
+    places = {id(item): place for place, item in enumerate(scene.instances)}
     for item in shown:
-        colour, category = item.attributes["colour"], item.category
+        colour, category, place = item.attributes["colour"], item.category, places[id(item)]
         if every.count(category) == 1:
-            pool.setdefault("colour", []).append(question("colour", colour, category=category))
-        pool.setdefault("count", []).append(question("count", str(every.count(category)), category=category))
+            pool.setdefault("colour", []).append(question("colour", colour, about=place, category=category))
+        smallest = min(
+            (k for k, name in enumerate(every) if name == category), key=lambda k: _longer_side(scene.instances[k])
+        )
+        count = str(every.count(category))
+        pool.setdefault("count", []).append(question("count", count, about=smallest, category=category))
         if item.relations and named.count((colour, category)) == 1:
             relation = item.relations[0]
             other = scene.instances[relation.object_index]
             other_colour = other.attributes["colour"]
             where = relation_clause(relation.predicate, other_colour, other.category)
-            pool.setdefault("where", []).append(question("where", where, colour=colour, category=category))
+            pool.setdefault("where", []).append(question("where", where, about=place, colour=colour, category=category))
             if named.count((other_colour, other.category)) == 1 and not _rivals(scene.instances, item, relation):
                 slots = {"predicate": relation.predicate, "colour": other_colour, "category": other.category}
                 answer = with_articles(f"a {colour} {category}")
-                pool.setdefault("what", []).append(question("what", answer, **slots))
+                pool.setdefault("what", []).append(question("what", answer, about=place, **slots))
         if item.text and named.count((colour, "sign")) == 1:
-            pool.setdefault("text", []).append(question("text", item.text.lower(), colour=colour))
-    return [
-        options[int(draw.integers(len(options)))]
-        for kind in raw_vocabulary()["questions"]
-        if (options := pool.get(kind))
-    ]
+            pool.setdefault("text", []).append(question("text", item.text.lower(), about=place, colour=colour))
+    return pool
+
+
+def _longer_side(instance: Instance) -> float:
+    return max(instance.box[2] - instance.box[0], instance.box[3] - instance.box[1])
 
 
 def _rivals(instances: list[Instance], item: Instance, relation: SceneRelation) -> bool:
