@@ -45,7 +45,7 @@ from foveate.files import atomic_folder, atomic_write
 from foveate.language.pretrained import first_line
 from foveate.training.optimizers import MuonAdamW
 from foveate.training.recipes import TrainingSettings
-from foveate.training.sampling import EpochSampler
+from foveate.training.sampling import EpochSampler, LengthGroupedSampler, SampleLengths
 from foveate.training.schedules import learning_rate_factor
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class TrainingTask:
             again gives them anyway. Keep True if something else than the optimiser changes them (a moving average).
         shard: frozen modules, such as the layers of a language model, that `training.shard_frozen` splits between the
             processes; each is gathered while it runs. `save` must not need them.
+        lengths: of each sample, to make batches of similar lengths; None for batches of any.
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class TrainingTask:
     parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     save_frozen: bool = True
     shard: Sequence[nn.Module] = ()
+    lengths: SampleLengths | None = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ class _Trainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         dataset = self.task.train_dataset
-        self.epoch_sampler = None if isinstance(dataset, IterableDataset) else EpochSampler(dataset, self.args.seed)
+        self.epoch_sampler = None if isinstance(dataset, IterableDataset) else self._sampler(dataset)
         workers = self.settings.workers
         loader = DataLoader(
             dataset,
@@ -299,6 +301,13 @@ class _Trainer(Trainer):
         )
         self.loader = self.accelerator.prepare(loader)
         return self.loader
+
+    def _sampler(self, dataset: Dataset[Any]) -> EpochSampler:
+        if self.task.lengths is None:
+            return EpochSampler(dataset, self.args.seed)
+        # Consecutive batches go to the processes in turn, so that those of a step are neighbours in length.
+        together = self.settings.batch_size * self.args.world_size
+        return LengthGroupedSampler(dataset, self.args.seed, **self.task.lengths._asdict(), batch_size=together)
 
     def stop_workers(self) -> None:
         # Left to the garbage collector, which closes their queues first, each worker would be waited for 5 seconds.
