@@ -473,7 +473,9 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         else:
             logits = self.language_model(**call).logits[:, learnt]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets[:, learnt].flatten(), ignore_index=IGNORED)
-        if visual is None and self.training and torch.is_grad_enabled():
+        if visual is not None:  # all of it in the graph, also what belongs to no text (spec 2.5)
+            loss = loss + sum(tokens.flatten()[:0].sum() for tokens in (visual.image, *visual.objects))
+        elif self.training and torch.is_grad_enabled():
             # A batch of texts only: with parameters out of the graph, other processes would wait for them for ever.
             loss = loss + sum(parameter.sum() * 0.0 for parameter in self.bridge_parameters())
         return MGLlavaOutput(loss=loss, gate=gate)

@@ -28,7 +28,7 @@ from foveate.language.templates import IGNORED, PLACEHOLDERS
 from foveate.metrics.vqa import normalise_answer
 from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection
 from foveate.training.sampling import SampleLengths, SampleRandom, SeededDataset
-from foveate.training.trainer import TrainingTask
+from foveate.training.trainer import TrainingTask, split_by
 from foveate.training.world_data import WorldScenes, ensure_rendered
 from foveate.vision.towers import VisionTower, load_tower
 from foveate.vision.video import load_video
@@ -38,7 +38,7 @@ from .configuration import MGLlavaConfig, find_mg_llava
 from .conversion import convert_state_dict, trunk_config
 from .modeling import MGLlavaModel
 from .predictor import MGLlavaPredictor
-from .processing import MGLlavaProcessor, Picture
+from .processing import MGLlavaProcessor, Picture, stack_pictures
 
 log = logging.getLogger(__name__)
 
@@ -278,6 +278,27 @@ class ConversationDataset(SeededDataset):
         return [[self.processor.picture(sample.image, boxes, text_length=text_length)]]
 
 
+class Collate:
+    """Samples -> the keywords of `MGLlavaModel.forward`.
+
+    Where parameters are split between processes, each has to run the same modules: a batch of texts gets a picture that
+    belongs to no text (spec 2.4: zeros with a box of 100 pixels).
+    """
+
+    def __init__(self, processor: MGLlavaProcessor) -> None:
+        self.processor = processor
+        self.always_sees = split_by() is not None
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.processor.collate(samples)
+        if self.always_sees and "pixel_values" not in batch:
+            config = self.processor.config
+            low, high = (torch.zeros(3, side, side) for side in (config.low_res_size, config.high_res_size))
+            batch |= stack_pictures([Picture(low, high, torch.tensor([[0.0, 0.0, 100.0, 100.0]]), ())])
+            batch["visual_counts"] = torch.zeros(0, dtype=torch.long)
+        return batch
+
+
 def turns(sample: ConversationSample) -> list[tuple[str, str, str | None, str | None]]:
     """(question, answer, kind, size) of each question that is answered, questions in a row as one."""
     found = []
@@ -470,11 +491,16 @@ def build(recipe: MGLlavaRecipe) -> TrainingTask:
             trained = adapters.merged(lambda: _whole_again(recipe))
         save_model(trained, processor, folder)
 
+    def save_state(folder: Path, whole: dict[str, torch.Tensor]) -> None:
+        save_model(model, processor, folder, whole)
+
     return TrainingTask(
         model=model,
         train_dataset=dataset,
-        collate=processor.collate,
+        collate=Collate(processor),
         save=save,
+        # What is adapted has to be whole to be merged, and is small enough not to be split.
+        save_state=save_state if adapters is None else None,
         save_frozen=False,
         lengths=dataset.lengths() if recipe.data.group_by_length else None,
     )
@@ -487,11 +513,17 @@ def _whole_again(recipe: MGLlavaRecipe) -> MGLlavaModel:
     return start(settings, torch.bfloat16, False).model
 
 
-def save_model(model: MGLlavaModel, processor: MGLlavaProcessor, folder: Path) -> None:
-    """A folder that `foveate.load` reads. Parts of different precision are loaded in the one that loses nothing."""
-    kept = {parameter.dtype for parameter in model.parameters()}
+def save_model(
+    model: MGLlavaModel, processor: MGLlavaProcessor, folder: Path, whole: dict[str, torch.Tensor] | None = None
+) -> None:
+    """A folder that `foveate.load` reads. Parts of different precision are loaded in the one that loses nothing.
+
+    Args:
+        whole: the model's weights, where this process has a part of them only.
+    """
+    kept = {tensor.dtype for tensor in (model.state_dict() if whole is None else whole).values()}
     model.config.dtype = kept.pop() if len(kept) == 1 else torch.float32
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=whole)
     processor.save_pretrained(folder)
 
 
