@@ -467,7 +467,8 @@ def test_a_few_samples_are_learnt_to_the_letter(recipe: Path, tmp_path: Path) ->
 def test_the_rendered_world_needs_no_other_data(recipe: Path, tmp_path: Path) -> None:
     """A whole run on scenes that the recipe renders, and an evaluation on others."""
     world = tmp_path / "world"
-    files = "annotations: [train.json], boxes: [train_only_box.json], world: {first_seed: %d, count: 2, size: 96, processes: 1}"
+    scenes = "world: {first_seed: %d, count: 2, size: 96, processes: 1}"
+    files = f"annotations: [train.json], boxes: [train_only_box.json], {scenes}"
     settings = [
         f"data={{root: {world / 'train'}, {files % 3}, shuffle_turns: true}}",
         f"evaluation.data={{root: {world / 'held_out'}, {files % 900}}}",
@@ -517,7 +518,7 @@ def test_mistakes_of_a_recipe_are_said_in_a_sentence(
 
 
 def test_adapters_are_for_the_second_stage(recipe: Path) -> None:
-    with pytest.raises(RecipeError, match="model.lora adapts the language model"):
+    with pytest.raises(RecipeError, match=r"model.lora adapts the language model"):
         load_recipe(recipe, ["stage=pretrain", "model.lora={}"])
 
 
@@ -563,3 +564,35 @@ def test_sample_limits_are_drawn_and_repeat(data: Path) -> None:
 def test_lora_defaults_are_those_of_the_video_variant() -> None:
     assert LoraSettings().model_dump() == {"rank": 512, "alpha": 256.0, "dropout": 0.05, "quantise": None}
     assert MGLlavaRecipe.model_fields["stage"].is_required()
+
+
+def test_the_published_recipes_have_the_published_settings() -> None:
+    """Spec 3.2; Vicuna-7B."""
+    settings = {}
+    for name in ("pretrain", "sft"):
+        loaded: Any = load_recipe(f"recipes/mg_llava/{name}.yaml")
+        assert loaded.stage == name
+        assert loaded.seed == 2024
+        steps = {"pretrain": 4947, "sft": 10805}[name]
+        assert loaded.training.warmup_steps == round(0.03 * steps)
+        assert loaded.training.betas == (0.9, 0.999)
+        assert (loaded.training.weight_decay, loaded.training.max_grad_norm, loaded.training.epochs) == (0, 1, 1)
+        settings[name] = (8 * loaded.training.batch_size, loaded.training.learning_rate, loaded.data.group_by_length)
+    assert settings == {"pretrain": (256, 1e-3, False), "sft": (128, 2e-5, True)}
+    first: Any = load_recipe("recipes/mg_llava/pretrain.yaml")
+    assert (first.model.max_text_length, first.model.high_res_size) == (2048 - 576, 768)
+
+
+def test_the_two_stages_of_the_world_belong_together() -> None:
+    first, second = (load_recipe(f"recipes/mg_llava/{name}.yaml") for name in ("world_pretrain", "world"))
+    assert isinstance(first, MGLlavaRecipe)
+    assert isinstance(second, MGLlavaRecipe)
+    assert (first.stage, second.stage) == ("pretrain", "sft")
+    assert second.model.init_from == str(first.output / "checkpoint")
+    assert second.data.world == first.data.world
+    assert second.evaluation == first.evaluation
+    assert first.data.world is not None
+    assert second.evaluation.data.world is not None
+    trained = range(first.data.world.first_seed, first.data.world.first_seed + first.data.world.count)
+    held_out = second.evaluation.data.world
+    assert not set(trained) & set(range(held_out.first_seed, held_out.first_seed + held_out.count))
