@@ -86,7 +86,7 @@ def test_batches_are_of_one_kind_and_of_similar_lengths():
 
 def test_mega_batches_by_hand():
     """Batches of two: 100 samples are one mega-batch, sorted whole; what is left over of each kind comes last."""
-    lengths = list(range(100)) + [7, 5, 3]
+    lengths = [*range(100), 7, 5, 3]
     order = grouped(lengths, [1] * 100 + [0] * 3, 2)
     pairs = {tuple(order[start : start + 2]) for start in range(0, 102, 2)}
     assert {(k + 1, k) for k in range(0, 100, 2)} <= pairs
