@@ -26,8 +26,13 @@ SHOWN_KEYS = 8
 @app.command()
 def dynrefer(
     official: Annotated[Path, typer.Argument(help="The released file, such as vg1.2_5e.pth.")],
-    base: Annotated[str, typer.Option("--base", help="BLIP-2: a folder, or Salesforce/blip2-flan-t5-xl.")],
+    base: Annotated[
+        str, typer.Option("--base", help="BLIP-2: Salesforce/blip2-flan-t5-xl, or a folder of one with T5 or Vicuna.")
+    ],
     text: Annotated[str, typer.Option("--text", help="eva_clip_psz14.pt, or a CLIP folder or hub name.")],
+    language: Annotated[
+        str | None, typer.Option("--language", help="Language model in place of the base's: folder or hub name.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must be new or empty.")] = None,
     tags: Annotated[Path | None, typer.Option("--tags", help="Tag list, one a line: ram_tag_list.txt.")] = None,
     attributes: Annotated[
@@ -53,7 +58,7 @@ def dynrefer(
     from foveate.methods.dynrefer.conversion import check_checkpoint, convert_checkpoint
 
     if check:
-        _print(check_checkpoint(official, base=base, text=text))
+        _print(check_checkpoint(official, base=base, language=language, text=text))
         return
     for name, value, what in (("--out", out, "the folder to write"), ("--tags", tags, "the tag list")):
         if value is None:
@@ -64,6 +69,7 @@ def dynrefer(
         result = convert_checkpoint(
             official,
             base=base,
+            language=language,
             text=text,
             tags=tags,
             out=out,
@@ -126,6 +132,27 @@ def mg_llava(
         f"{config.low_res_size} and {config.high_res_size} px, template {config.template}"
     )
     _print_unused(result)
+    if result.folder is not None:
+        print(f"model: {result.folder}")
+
+
+@app.command("vision_gru")
+def vision_gru(
+    official: Annotated[Path, typer.Argument(help="The released file: vig_*_model_path.pth, or its averages.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must be new or empty.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only compare the file; write nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """VisionGRU's released weights, or their moving average, as a folder that loads here."""
+    from foveate.methods.vision_gru.conversion import convert_checkpoint
+
+    if out is None and not check:
+        raise InputError("--out is missing; give the folder to write, or --check to compare the file only.")
+    result = convert_checkpoint(official, None if check else out)
+    config = result.config
+    print(f"dim {config.dim}, depths {', '.join(map(str, config.depths))}, {result.parameters:,} parameters")
+    if result.averaged:
+        print("the moving average of the weights")
     if result.folder is not None:
         print(f"model: {result.folder}")
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -208,11 +207,7 @@ def describe(
 
     folder = find_checkpoint(model)
     hide_weight_bars()
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        describer = load(folder, device=device, dtype=dtype)
-    for note in notes:
-        print(f"note: {note.message}", file=sys.stderr)
+    describer = load(folder, device=device, dtype=dtype)
     with progress_bar("regions" if len(images) == 1 else "images") as progress:
         options["batch_size"] = batch_size  # not before: the lines to resume do not depend on it
         if listed is not None:

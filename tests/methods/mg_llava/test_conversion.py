@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import mg_llava_parts as shared  # pyright: ignore[reportMissingImports] (conftest.py loads it)
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -24,13 +23,6 @@ from foveate.cli import main
 from foveate.errors import CheckpointError, InputError
 from foveate.methods.mg_llava.conversion import convert_checkpoint, convert_state_dict
 from foveate.methods.mg_llava.modeling import MGLlavaModel
-
-_spec = importlib.util.spec_from_file_location("mg_llava_conftest", Path(__file__).with_name("conftest.py"))
-assert _spec is not None
-assert _spec.loader is not None
-shared: Any = importlib.util.module_from_spec(_spec)
-sys.modules["mg_llava_conftest"] = shared
-_spec.loader.exec_module(shared)
 
 TRUNK_KEYS = (
     ("embeddings.patch_embeddings.", "stem.0."),

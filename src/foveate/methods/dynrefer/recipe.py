@@ -25,7 +25,7 @@ from foveate.data.samples import ImageSample, RegionSample
 from foveate.data.text import clean_caption
 from foveate.errors import FoveateError, InputError, RecipeError
 from foveate.language.generation import check_generation
-from foveate.language.lm import load_config, load_language_model, load_tokenizer
+from foveate.language.lm import load_config, load_tokenizer
 from foveate.language.pretrained import first_line
 from foveate.metrics.calibration import best_f1_threshold, expected_calibration_error, fit_platt
 from foveate.metrics.captioning import caption_report, mentioned_words
@@ -43,6 +43,7 @@ from foveate.world.vocabulary import (
     tag_vocabulary,
 )
 
+from .captioners import DecoderOnly, captioner_of, load_captioner
 from .configuration import (
     CANDIDATE_VIEWS,
     DEFAULT_TAG_THRESHOLD,
@@ -524,7 +525,7 @@ class Collate:
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         captions = [sample["caption"] for sample in samples]
         text_ids, text_mask = self.processor.text_ids(captions)
-        caption_ids, caption_mask = self.processor.language_ids(captions)
+        caption_ids, caption_mask = self.processor.language_ids(captions, caption=True)
         control_ids, control_mask = self.processor.language_ids([sample["control"] for sample in samples])
         prompts = {}
         if self.prompt_embeds is not None:
@@ -567,7 +568,7 @@ def build_model(settings: ModelSettings) -> DynReferModel:
         | {"qformer_width", "qformer_layers", "qformer_heads", "qformer_dropout"}
     )
     # The loaded one knows whether its output layer is tied; its file may not.
-    language_config = load_language_model(folders["language"], dtype=dtype, feed_forward_activation="gelu")[0].config
+    language_config = _language_config(folders["language"], dtype)
     vision_config = load_config(folders["vision"])
     text_config = vision_config if folders["text"] == folders["vision"] else load_config(folders["text"])
     text = getattr(text_config, "text_config", text_config)
@@ -591,6 +592,13 @@ def build_model(settings: ModelSettings) -> DynReferModel:
         raise _unfit(error) from None
     model.cast_frozen(dtype).load_base_models(dtype=dtype)
     return model if settings.qformer_from is None else initialise_from_blip2(model, settings.qformer_from)
+
+
+def _language_config(folder: Path, dtype: torch.dtype) -> Any:
+    model, tokenizer = load_captioner(folder, dtype)
+    captioner = captioner_of(model.config)
+    captioner.prepare_config(model.config, captioner.prepare_tokenizer(tokenizer))
+    return model.config
 
 
 def _qformer_config(settings: ModelSettings) -> dict[str, Any]:
@@ -678,6 +686,8 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
             load_tokenizer(find_checkpoint(recipe.model.base_models["language"])),
             image_mean=model.vision_tower.mean,
             image_std=model.vision_tower.std,
+            max_text_tokens=config.max_text_tokens,
+            decoder_only=config.captioner is DecoderOnly,
         )
     vocabulary = processor.vocabulary
     _check_tags(dataset if recipe.data.format == "controlcap" else (), vocabulary, config, recipe.data.root)

@@ -11,6 +11,7 @@ Shapes: B pictures, K boxes of a picture, R boxes of all, C_k channels and n_k s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,10 @@ def pool_objects(
         InputError: maps that are not square, or not as many box lists as pictures.
     """
     side = _check(stages, boxes)
-    with torch.no_grad(), torch.autocast(stages[0].device.type, enabled=False):
+    device = stages[0].device.type
+    # The meta device, on which shapes are tried out, has no autocast.
+    single = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    with torch.no_grad(), single:
         if pooling == "dense":
             return _pool_dense(stages, boxes, side / canvas, bins)
         counts = [len(own) for own in boxes]

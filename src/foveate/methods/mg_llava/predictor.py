@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ from foveate.language.templates import (
     encode_turns,
     separator_ids,
 )
+from foveate.vision.box_file import BoxFile
 from foveate.vision.images import load_image
+from foveate.vision.proposals import find_regions, load_proposer
 from foveate.vision.video import is_video, load_video
 
 from .configuration import find_mg_llava
@@ -67,7 +69,7 @@ class Answer:
     finish: str
     tokens: int
     boxes: tuple[tuple[Box, ...], ...] = ()
-    gate: tuple[float, ...] = ()
+    gate: tuple[float, ...] = field(default=(), compare=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
@@ -108,16 +110,22 @@ class MGLlavaPredictor:
     Args:
         model: in eval mode, on its device.
         processor: saved beside it.
-        proposer: gives the boxes of pictures that come without: any function of a PIL image, for instance
-            `foveate.vision.tagging.BoxPipeline`; None for no boxes.
+        proposer: gives the boxes of pictures that come without: any function of a PIL image that gives what
+            `BoxRecord.parse` takes, or boxes and scores as the proposers of `foveate.vision.proposals` do; or the name
+            of such a proposer; None for no boxes.
     """
 
     def __init__(
-        self, model: MGLlavaModel, processor: MGLlavaProcessor, *, proposer: BoxSource | None = None, name: str = ""
+        self,
+        model: MGLlavaModel,
+        processor: MGLlavaProcessor,
+        *,
+        proposer: str | Path | BoxSource | None = None,
+        name: str = "",
     ) -> None:
         self.model = model.eval()
         self.processor = processor
-        self.proposer = proposer
+        self.proposer = _load_proposer(proposer)
         self.name = name
 
     @classmethod
@@ -127,7 +135,7 @@ class MGLlavaPredictor:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        proposer: BoxSource | None = None,
+        proposer: str | Path | BoxSource | None = None,
     ) -> MGLlavaPredictor:
         """Load a folder written by training or conversion.
 
@@ -184,6 +192,8 @@ class MGLlavaPredictor:
             InputError: a picture, box, question or option is wrong; the sentence says which.
             CheckpointError: the model gives non-finite numbers.
         """
+        if not isinstance(questions, str | list | tuple):
+            raise InputError(f"a question must be a text, or a list of them, not {questions!r:.80}.")
         single = isinstance(questions, str) and not isinstance(images, list)
         asked = [questions] if isinstance(questions, str) else list(questions)
         many = isinstance(images, list)
@@ -277,7 +287,7 @@ class MGLlavaPredictor:
         found = time.perf_counter()
         proposing = 0.0
         if self.proposer is not None and self.model.config.objects != "none":
-            records = [self.proposer(image) if own is None else own for image, own in zip(images, records, strict=True)]
+            records = [self._propose(image) if own is None else own for image, own in zip(images, records, strict=True)]
             proposing = self._milliseconds(found)
         processor = self.processor
         pictures = processor.video(images, records) if video else [processor.picture(images[0], records[0])]
@@ -287,6 +297,16 @@ class MGLlavaPredictor:
         )
         times = {"boxes": proposing, "pictures": self._milliseconds(started) - proposing}
         return _Prepared(pictures, VIDEO if video else IMAGE, used, times)
+
+    def _propose(self, image: Image.Image) -> Any:
+        assert self.proposer is not None
+        answer = self.proposer(image)
+        if not isinstance(answer, tuple):
+            return answer
+        found = find_regions(lambda _: answer, image, max_regions=self.model.config.box_limit)
+        # Without labels each is a thing of its own; those that are the same thing have been thinned out.
+        labels = [f"#{number}" for number in range(len(found.boxes))]
+        return {"boxes": found.boxes, "scores": found.scores.tolist(), "labels": labels}
 
     def _milliseconds(self, started: float) -> float:
         if self.model.device.type == "cuda":  # which works behind the program
@@ -397,7 +417,7 @@ class Conversation:
             pass
         return self.turns[-1][1]
 
-    def stream(self, question: str, **generation: Any) -> Iterator[str]:
+    def stream(self, question: str, **generation: Any) -> Generator[str, None, None]:
         """The answer piece by piece; the turn is done when the last has been taken.
 
         A stream that is given up early ends the answer there; what was said stays said.
@@ -405,7 +425,7 @@ class Conversation:
         sampling, stops = self.predictor._sampling({**self._generation, **generation})
         return self._stream(question, sampling, stops)
 
-    def _stream(self, question: str, sampling: Sampling, stops: Sequence[str]) -> Iterator[str]:
+    def _stream(self, question: str, sampling: Sampling, stops: Sequence[str]) -> Generator[str, None, None]:
         if self._speaker == threading.get_ident():
             raise InputError("the answer before is still being streamed; take the rest of it, or close it.")
         with self._lock:
@@ -475,6 +495,13 @@ def _answer(text: TextStream, seen: Seen | None, milliseconds: float) -> Answer:
         return replace(answer, milliseconds={"answer": milliseconds})
     times = {**seen.milliseconds, "answer": milliseconds}
     return replace(answer, boxes=seen.boxes, gate=seen.gate, milliseconds=times)
+
+
+def _load_proposer(proposer: str | Path | BoxSource | None) -> BoxSource | None:
+    loaded: Any = load_proposer(proposer) if isinstance(proposer, str | Path) else proposer
+    if isinstance(loaded, BoxFile):
+        raise InputError(f"{loaded.path} is a file of boxes; give each picture's with `boxes`.")
+    return loaded
 
 
 def _kind(source: Any) -> str | None:
