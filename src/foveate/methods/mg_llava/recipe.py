@@ -361,7 +361,10 @@ def build_model(settings: ModelSettings, stage: str) -> Parts:
         parameter.data = parameter.data.float()
     model.set_stage(stage)
     if settings.gradient_checkpointing:
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        language: Any = model.language_model
+        # transformers 5.23 gave it another name.
+        enable = getattr(language, "activation_checkpointing_enable", None) or language.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return parts
 
 
@@ -560,7 +563,7 @@ def evaluate(recipe: MGLlavaRecipe, model_path: Path) -> dict[str, Any]:
     settings = recipe.evaluation
     predictor = MGLlavaPredictor.from_pretrained(model_path)
     questions = open_questions(settings.data)
-    boxes = _boxes(questions, settings.boxes)
+    boxes = boxes_of(questions, settings.boxes)
     said = predictor.ask(
         [question.sample.image or question.sample.video for question in questions],
         [question.question for question in questions],
@@ -596,7 +599,7 @@ def evaluate(recipe: MGLlavaRecipe, model_path: Path) -> dict[str, Any]:
     }
 
 
-def _boxes(questions: Sequence[AskedQuestion], how: str) -> list[Any]:
+def boxes_of(questions: Sequence[AskedQuestion], how: str) -> list[Any]:
     """The boxes of each question's picture; "shuffled": those of the next other picture, the last has the first's."""
     records: dict[Any, Any] = {}
     for question in questions:
