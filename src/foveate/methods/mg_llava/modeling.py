@@ -167,7 +167,8 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
 class MGLlavaModel(MGLlavaPreTrainedModel):
     """MG-LLaVA whole: two frozen towers, fusion, object features, projectors, language model."""
 
-    def __init__(self, config: MGLlavaConfig) -> None:
+    def __init__(self, config: MGLlavaConfig, language_model: Any = None) -> None:
+        """With a `language_model` that is loaded already, in place of one with fresh weights."""
         super().__init__(config)
         low, width = config.vision_config.hidden_size, config.language_config.hidden_size
         dims = config.high_res_config.hidden_sizes
@@ -193,7 +194,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             self.object_attention = CrossAttention(config.object_width, keys)
         if config.has_object_tokens:
             self.box_projector = projector(config.object_width, width)
-        self.language_model = AutoModelForCausalLM.from_config(config.language_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.language_config)
         self.post_init()
 
     # ---------------------------------------------------------------- what is trained
@@ -472,7 +473,9 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         else:
             logits = self.language_model(**call).logits[:, learnt]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets[:, learnt].flatten(), ignore_index=IGNORED)
-        if visual is None and self.training and torch.is_grad_enabled():
+        if visual is not None:  # all of it in the graph, also what belongs to no text (spec 2.5)
+            loss = loss + sum(tokens.flatten()[:0].sum() for tokens in (visual.image, *visual.objects))
+        elif self.training and torch.is_grad_enabled():
             # A batch of texts only: with parameters out of the graph, other processes would wait for them for ever.
             loss = loss + sum(parameter.sum() * 0.0 for parameter in self.bridge_parameters())
         return MGLlavaOutput(loss=loss, gate=gate)
