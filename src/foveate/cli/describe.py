@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.options import Debug, Device, DType, Progress, Quantize, hide_weight_bars, one_line, progress_bar
+from foveate.cli.options import (
+    Debug,
+    Device,
+    DType,
+    Progress,
+    Quantize,
+    hide_weight_bars,
+    keep_freed_memory,
+    one_line,
+    progress_bar,
+)
 from foveate.errors import InputError
 from foveate.files import ResumableLines, atomic_write
 
@@ -211,6 +221,7 @@ def describe(
 
     folder = find_checkpoint(model)
     hide_weight_bars()
+    keep_freed_memory()
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", UserWarning)
         describer = load(folder, device=device, dtype=dtype, quantize=quantize)
