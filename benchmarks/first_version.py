@@ -3,7 +3,8 @@
 It was batched already, and shared equal views between regions and tasks. What has changed since is undone here:
 
 - captions by transformers' `generate`, which carries every beam of every caption to the end of the longest one;
-- the align module's convolution in groups of two channels, its sampling by a small product a cell, RoI-Align map by map;
+- the align module: its convolution in groups of two channels, its sampling by a small product a cell; RoI-Align map by
+  map;
 - a pass of the region encoder for each group of tasks, a pass of the contrast head for each task;
 - crops cut one after another.
 """
