@@ -3,7 +3,8 @@
 It was batched already, and shared equal views between regions and tasks. What has changed since is undone here:
 
 - captions by transformers' `generate`, which carries every beam of every caption to the end of the longest one;
-- the align module's convolution in groups of two channels, RoI-Align map by map;
+- the align module: its convolution in groups of two channels, its sampling by a small product a cell; RoI-Align map by
+  map;
 - a pass of the region encoder for each group of tasks, a pass of the contrast head for each task;
 - crops cut one after another.
 """
@@ -18,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from foveate.methods.dynrefer import modeling, predictor, views
+from foveate.ops import deform
 from foveate.ops.roi_align import roi_align
 
 
@@ -50,6 +52,7 @@ def first_version() -> Iterator[None]:
         for target, name, value in (
             (modeling, "roi_align", _map_by_map),
             (modeling.AlignModule, "_pairwise", _pairs_in_groups),
+            (deform, "_FEW_CELLS", 0),
             (predictor, "_FEW_REGIONS", 0),
             (predictor, "build_views", _one_thread),
             (predictor.DynReferPredictor, "_answer_heads", _task_by_task),

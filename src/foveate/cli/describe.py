@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.options import Debug, Device, DType, Progress, Quantize, hide_weight_bars, one_line, progress_bar
+from foveate.cli.options import (
+    Debug,
+    Device,
+    DType,
+    Progress,
+    Quantize,
+    hide_weight_bars,
+    keep_freed_memory,
+    one_line,
+    progress_bar,
+)
 from foveate.errors import InputError
 from foveate.files import ResumableLines, atomic_write
 
@@ -210,6 +220,7 @@ def describe(
 
     folder = find_checkpoint(model)
     hide_weight_bars()
+    keep_freed_memory()
     describer = load(folder, device=device, dtype=dtype, quantize=quantize)
     if quantize is not None:
         print(

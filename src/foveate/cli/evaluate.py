@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars
+from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars, keep_freed_memory
 from foveate.cli.tables import print_evaluation
 
 
@@ -33,4 +33,5 @@ def evaluate(
     from foveate.training.runner import evaluate as run
 
     hide_weight_bars()
+    keep_freed_memory()
     print_evaluation(run(recipe, find_checkpoint(model), overrides or [], out=out, quantize=quantize))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars, progress_bar
+from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars, keep_freed_memory, progress_bar
 from foveate.cli.tables import print_tuning
 
 
@@ -31,6 +31,7 @@ def tune_views(
     from foveate.methods.dynrefer.tuning import tune_views as run
 
     hide_weight_bars()
+    keep_freed_memory()
     with progress_bar("settings") as progress:
         result = run(recipe, model, overrides or [], out=out, save=save, progress=progress)
     print_tuning(result)

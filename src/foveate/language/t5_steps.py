@@ -46,7 +46,9 @@ class T5Steps:
         self._bias = blocks[0].layer[0].SelfAttention.compute_bias(steps, steps)  # (1, H, steps, steps)
         masked = torch.finfo(memory.dtype).min
         self._mask = memory.new_zeros(attention_mask.shape).masked_fill_(attention_mask == 0, masked)[:, None, None]
-        self._cross = [[self._split(layer(memory)) for layer in _keys_and_values(block, 1)] for block in blocks]
+        self._cross = [
+            [self._split(layer(memory)).contiguous() for layer in _keys_and_values(block, 1)] for block in blocks
+        ]
         self._own: list[Tensor | None] = [None] * len(blocks)  # per block (2, rows * beams, H, t, D)
         self._step = 0
 

@@ -10,6 +10,9 @@ from foveate.errors import InputError
 
 # Up to this many cells a map is sampled by a dense (cells x cells) matrix product, which beats gathering.
 _DENSE_CELLS = 1024
+# Up to this many, that matrix is made on a CPU of one multiply-add a tap over all cells of all maps, where a small
+# product a cell would cost its call; not with gradients, for which every tap would be kept.
+_FEW_CELLS = 64
 
 
 def deform_sample(value: Tensor, offset_mask: Tensor, groups: int, kernel_size: int = 3) -> Tensor:
@@ -76,13 +79,36 @@ def _sample_dense(grouped: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Ten
     """
     batch, height, width, groups, depth = grouped.shape
     cells = height * width
-    along_x = _hat(x.flatten(2).transpose(1, 2), width)  # (B G, cells, K, W)
-    along_y = _hat(y.flatten(2).transpose(1, 2), height)
-    along_y = along_y * weights.flatten(2).transpose(1, 2)[..., None]
-    matrix = along_y.transpose(2, 3) @ along_x  # (B G, cells, H, W)
-    matrix = matrix.view(batch, groups, cells, cells).to(grouped.dtype)
+    needs_gradient = x.requires_grad or y.requires_grad or weights.requires_grad
+    if cells <= _FEW_CELLS and not needs_gradient and grouped.device.type == "cpu":
+        matrix = _matrix_of_few_cells(x, y, weights).unflatten(1, (batch, groups)).permute(1, 2, 3, 0)
+    else:
+        along_x = _hat(x.flatten(2).transpose(1, 2), width)  # (B G, cells, K, W)
+        along_y = _hat(y.flatten(2).transpose(1, 2), height)
+        along_y = along_y * weights.flatten(2).transpose(1, 2)[..., None]
+        matrix = (along_y.transpose(2, 3) @ along_x).view(batch, groups, cells, cells)
     values = grouped.reshape(batch, cells, groups, depth).transpose(1, 2)
-    return (matrix @ values).transpose(1, 2).reshape(batch, height, width, groups * depth)
+    sampled = matrix.to(grouped.dtype) @ values
+    return sampled.transpose(1, 2).reshape(batch, height, width, groups * depth)
+
+
+def _matrix_of_few_cells(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """How much every cell counts in every sample: x, y, weights (N, K, H, W) -> (H W, N, H W), read cells first."""
+    count, _, height, width = x.shape
+    # Samples innermost, so that each operation runs along memory.
+    x, y, weights = (part.flatten(2).transpose(0, 1).flatten(1)[:, None] for part in (x, y, weights))  # (K, 1, N H W)
+    along_x = _hat_along(x, width)
+    along_y = _hat_along(y, height).mul_(weights)
+    matrix = along_y[0][:, None] * along_x[0]
+    for tap in range(1, len(along_x)):
+        matrix.addcmul_(along_y[tap][:, None], along_x[tap])
+    return matrix.view(height * width, count, height * width)
+
+
+def _hat_along(position: Tensor, size: int) -> Tensor:
+    """The short form of `_hat` with the cells second: (K, 1, M) -> (K, size, M)."""
+    cells = torch.arange(size, device=position.device, dtype=position.dtype)[:, None]
+    return (position - cells).abs_().neg_().add_(1.0).clamp_min_(0.0)
 
 
 def _hat(position: Tensor, size: int) -> Tensor:
