@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -146,7 +147,10 @@ def load(
             register()
             options = {"quantize": quantize, "proposer": proposer}
             options = {name: value for name, value in options.items() if value is not None}
-            return method.predictor.from_pretrained(folder, device=where, dtype=precision, **options)
+            door = method.predictor.from_pretrained
+            if quantize is not None and "quantize" not in inspect.signature(door).parameters:
+                raise InputError(f"{os.fspath(name)} does not run in {quantize}; leave quantize out.")
+            return door(folder, device=where, dtype=precision, **options)
     if not isinstance(model_type, str):
         raise CheckpointError(f"{folder / 'config.json'} does not say its model_type; copy the checkpoint again.")
     ready = [model for model in shipped_models() if _is_method(model)]

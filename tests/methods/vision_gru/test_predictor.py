@@ -135,3 +135,8 @@ def test_convert_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run("convert", "vision_gru", str(tmp_path / "vig.pth")) == 2
     assert run("convert", "vision_gru", str(tmp_path / "vig.pth"), "--out", str(tmp_path / "out")) == 0
     assert len(foveate.load(tmp_path / "out", device="cpu").labels) == 3
+
+
+def test_int8_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="does not run in int8"):
+        foveate.load(checkpoint, quantize="int8")

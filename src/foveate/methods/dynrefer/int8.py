@@ -22,10 +22,10 @@ QUANTIZATIONS = ("int8",)
 _ACTIVATION_LEVELS, _WEIGHT_LEVELS = 63, 127
 _TINY = torch.finfo(torch.float32).tiny
 # Smaller layers lose more by quantising rows than their product gains (`benchmarks/describe.py --only linear`), and
-# stay as they are. So do those that say where to sample, how probable each word is, and of which type their part of the
-# model is; and the text encoder, which reads every word once.
+# stay as they are. So do those that say where to sample, what the captioner reads and how probable each word is; one
+# whose type is asked for; and the text encoder, which reads every word once.
 _LEAST_WEIGHTS, _LEAST_LONGER_SIDE = 2**16, 512
-_KEPT = frozenset({"offset_mask", "lm_head", "t5_proj", "attr_text_proj", "text_encoder"})
+_KEPT = frozenset({"offset_mask", "lm_head", "t5_proj", "llm_proj", "attr_text_proj", "text_encoder"})
 
 
 class Int8Linear(nn.Module):
