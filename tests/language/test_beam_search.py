@@ -156,10 +156,15 @@ def test_what_it_does_not_know_is_left_to_generate() -> None:
     assert_as_generate(wrapped, inputs(), num_beams=2, max_new_tokens=5)
 
     assert not can_search(MT5ForConditionalGeneration(MT5Config(**SIZES)))
-    bart_sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    bart_sizes: dict[str, Any] = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
     bart_sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 24}
     assert not can_search(BartForConditionalGeneration(BartConfig(**bart_sizes)))
-    llama_sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama_sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     assert not can_search(LlamaForCausalLM(LlamaConfig(vocab_size=24, **llama_sizes)))
 
 

@@ -76,9 +76,10 @@ class AlignModule(nn.Module):
     def _pairwise(self, pairs: Tensor) -> Tensor:
         """`offset_mask_dw`, each of whose outputs reads two neighbouring channels, as a depthwise convolution of all
         channels and a sum of pairs: oneDNN runs groups of one channel eight times as fast as groups of two."""
-        weight = self.offset_mask_dw.weight.flatten(0, 1)[:, None]
+        weight, bias = self.offset_mask_dw.weight.flatten(0, 1)[:, None], self.offset_mask_dw.bias
+        assert bias is not None
         single = F.conv2d(pairs, weight, padding=1, groups=pairs.shape[1])
-        return single[:, 0::2] + single[:, 1::2] + self.offset_mask_dw.bias[:, None, None]
+        return single[:, 0::2] + single[:, 1::2] + bias[:, None, None]
 
 
 class HeadAttention(nn.Module):

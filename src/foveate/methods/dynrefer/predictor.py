@@ -625,10 +625,7 @@ class DynReferPredictor:
                 ]
         prompts = tuple(vocabulary.prompts) if "attributes" in tasks else ()
         class_prompts = tuple(CLASS_TEMPLATE.format(name.lower()) for name in classes) if "category" in tasks else ()
-        if prompts or class_prompts:
-            embeds = torch.cat([self._text_embeds(texts) for texts in (prompts, class_prompts) if texts])
-            similarity = model.contrast_logits(model.text_logits(query_output, embeds).float())
-            attribute_logits, class_logits = similarity.split([len(prompts), len(class_prompts)], dim=1)
+        attribute_logits, class_logits = self._contrast_logits(query_output, prompts, class_prompts)
         if prompts:
             best = group_maximum(_finite(attribute_logits, "attribute"), vocabulary.group_sizes)
             scores = self._probability("attributes", best).cpu().numpy()
@@ -656,6 +653,15 @@ class DynReferPredictor:
                 for row, raw in zip(scores, logits.cpu().numpy(), strict=True)
             ]
         return out, tag_lists
+
+    def _contrast_logits(self, query_output: Tensor, *texts: tuple[str, ...]) -> Sequence[Tensor]:
+        """(R, V) logits of each list of texts, from one pass over all of them."""
+        counts = [len(own) for own in texts]
+        if not any(counts):
+            return [query_output.new_zeros(len(query_output), 0)] * len(texts)
+        embeds = torch.cat([self._text_embeds(own) for own in texts if own])
+        similarity = self.model.text_logits(query_output, embeds).float()
+        return self.model.contrast_logits(similarity).split(counts, dim=1)
 
     def _answer_caption(
         self, query_output: Tensor, tag_lists: list[tuple[str, ...]], controls: tuple[str, ...], num_beams: int | None
