@@ -27,10 +27,6 @@ def _map_by_map(maps: torch.Tensor, boxes: torch.Tensor, **options: Any) -> torc
     return roi_align(maps, boxes, **options, batch_index=torch.arange(len(boxes)))
 
 
-def _pairs_in_groups(module: Any, pairs: torch.Tensor) -> torch.Tensor:
-    return module.offset_mask_dw(pairs)
-
-
 _ANSWER_HEADS = predictor.DynReferPredictor._answer_heads
 
 
@@ -51,7 +47,7 @@ def first_version() -> Iterator[None]:
     with ExitStack() as stack:
         for target, name, value in (
             (modeling, "roi_align", _map_by_map),
-            (modeling.AlignModule, "_pairwise", _pairs_in_groups),
+            (modeling.PairConv2d, "forward", torch.nn.Conv2d.forward),
             (deform, "_FEW_CELLS", 0),
             (predictor, "_FEW_REGIONS", 0),
             (predictor, "build_views", _one_thread),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from foveate.errors import CheckpointError, InputError
 from foveate.methods.dynrefer.conversion import convert_state_dict, load_converted
-from foveate.methods.dynrefer.modeling import DynReferModel, group_maximum
+from foveate.methods.dynrefer.modeling import DynReferModel, PairConv2d, group_maximum
 from foveate.methods.dynrefer.predictor import DynReferPredictor
 from foveate.methods.dynrefer.processing import DynReferProcessor, control_text
 
@@ -97,6 +97,19 @@ class TestAlign:
         assert not torch.equal(seen[0][:, 16:], seen[1][:, 16:])
         assert torch.equal(seen[0][:, 16:], seen[2][:, 16:])
         assert not torch.equal(seen[0][:, :16], seen[2][:, :16])
+
+    @pytest.mark.parametrize("channels", [3, 8])
+    def test_pairs_are_convolved_as_groups_of_two(self, channels: int) -> None:
+        torch.manual_seed(0)
+        module = PairConv2d(2 * channels, channels, 3, padding=1, groups=channels)
+        plain = torch.nn.Conv2d(2 * channels, channels, 3, padding=1, groups=channels)
+        plain.load_state_dict(module.state_dict())
+        x = draw(2, 2 * channels, 5, 4)
+        torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
+        for layer in (module, plain):
+            layer(x).square().sum().backward()
+        torch.testing.assert_close(module.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(module.bias.grad, plain.bias.grad, rtol=1e-5, atol=1e-4)  # pyright: ignore
 
     def test_switched_off_features_pass_as_they_are(self, make_model: Build) -> None:
         features = draw(2, 3, 32, 4, 4)

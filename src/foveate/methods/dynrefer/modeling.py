@@ -39,6 +39,17 @@ TRAINABLE = ("cvem", "cem", "tag", "attr", "qformer", "t5_proj")
 """A parameter is trained if its name contains one of these (spec 3); the query tokens are therefore frozen."""
 
 
+class PairConv2d(nn.Conv2d):
+    """A convolution each of whose outputs reads two neighbouring channels, as a depthwise one of all channels and a sum
+    of pairs: oneDNN runs groups of one channel several times as fast as groups of two."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, 2 C, h, w) -> (B, C, h, w)."""
+        assert self.bias is not None
+        single = F.conv2d(input, self.weight.flatten(0, 1)[:, None], padding=self.padding, groups=input.shape[1])
+        return single[:, 0::2] + single[:, 1::2] + self.bias[:, None, None]
+
+
 class AlignModule(nn.Module):
     """Resamples the features of a context view onto the grid of the region view (paper section 3.2, spec 2.4).
 
@@ -51,7 +62,7 @@ class AlignModule(nn.Module):
         super().__init__()
         self.groups = groups
         self.value_proj = nn.Linear(channels, channels)
-        self.offset_mask_dw = nn.Conv2d(2 * channels, channels, 3, padding=1, groups=channels)
+        self.offset_mask_dw = PairConv2d(2 * channels, channels, 3, padding=1, groups=channels)
         # The official layer pads the 3 * groups * taps numbers to a multiple of 8; the tail is unused.
         self.offset_mask = nn.Linear(channels, math.ceil(3 * groups * self.taps / 8) * 8)
         self.output_proj = nn.Linear(channels, channels)
@@ -68,18 +79,10 @@ class AlignModule(nn.Module):
     def forward(self, reference: Tensor, features: Tensor) -> Tensor:
         """(B, C, g, g) features of the region view and of a context view -> (B, C, g, g) aligned context features."""
         value = self.value_proj(features.permute(0, 2, 3, 1))
-        hidden = self._pairwise(torch.cat([features, reference], dim=1))
+        hidden = self.offset_mask_dw(torch.cat([features, reference], dim=1))
         offset_mask = self.offset_mask(hidden.permute(0, 2, 3, 1))
         sampled = deform_sample(value, offset_mask, groups=self.groups)
         return self.output_proj(sampled).permute(0, 3, 1, 2)
-
-    def _pairwise(self, pairs: Tensor) -> Tensor:
-        """`offset_mask_dw`, each of whose outputs reads two neighbouring channels, as a depthwise convolution of all
-        channels and a sum of pairs: oneDNN runs groups of one channel eight times as fast as groups of two."""
-        weight, bias = self.offset_mask_dw.weight.flatten(0, 1)[:, None], self.offset_mask_dw.bias
-        assert bias is not None
-        single = F.conv2d(pairs, weight, padding=1, groups=pairs.shape[1])
-        return single[:, 0::2] + single[:, 1::2] + bias[:, None, None]
 
 
 class HeadAttention(nn.Module):
