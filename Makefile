@@ -43,8 +43,9 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/foveate describe docs/images/sample.png --boxes docs/images/sample-boxes.json --picture out/demo/described.png
 
+# One thread each: the tests' tensors are small, and the processes would fight for the cores.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

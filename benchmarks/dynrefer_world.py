@@ -1,11 +1,14 @@
-"""The claims of DynRefer in the rendered world: curves over the second view's t, and ablations at equal budget.
+"""The claims of DynRefer in the rendered world: curves over the second view's t, ways to choose it, and ablations.
 
     python benchmarks/dynrefer_world.py curve       # sweeps t of the context views of a model, draws the picture
+    python benchmarks/dynrefer_world.py selection   # task prior and searches against t's drawn at random, a table
     python benchmarks/dynrefer_world.py ablations   # trains the variants (minutes each on 2 cores), prints a table
 
-The curve is that of the shipped model, or of --model: view 1 stays the region, every other view is taken at one t, so
-that at t = 0 the model sees nothing but the region. A variant of the ablations that was trained before is reused;
-delete its folder under --runs to train it again. Weights trained on the rendered world say nothing about photographs.
+Curve and selection are those of the shipped model, or of --model. View 1 stays the region. In the curve every other
+view is taken at one t, so that at t = 0 the model sees nothing but the region; then only the second view moves. What
+t's drawn at random are worth is the mean of --draws draws, each for all regions. A variant of the ablations that was
+trained before is reused; delete its folder under --runs to train it again. Weights trained on the rendered world say
+nothing about photographs.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,6 +30,7 @@ from foveate.files import atomic_write
 from foveate.methods.dynrefer.predictor import TASKS, DynReferPredictor
 from foveate.methods.dynrefer.recipe import DynReferRecipe, open_regions
 from foveate.methods.dynrefer.tuning import SWEEP, measurer, sweep_views
+from foveate.methods.dynrefer.views import sample_coefficients
 from foveate.metrics.captioning import mentioned_words
 from foveate.training.recipes import load_recipe
 from foveate.training.runner import train
@@ -49,6 +54,12 @@ METRICS = {
     "colour_word_accuracy": "colour word",
     "relation_word_accuracy": "relation word",
     "cider": "CIDEr",
+}
+CHOICES = {
+    "task": "the model's task prior",
+    "official": "search, as the official code",
+    "pairwise": "search, as the paper's text",
+    "median": "search, median hash",
 }
 POLICY = "model.view_policy={attributes: [0.1], category: [0.1], tags: [0.3], caption: [0.3]}"
 
@@ -115,14 +126,25 @@ def curve(model: str, regions: int, console: Console, picture: Path) -> dict[str
     sweep = track(SWEEP, "views", console=console)
     rows = sweep_views(measured, TASKS, predictor.model.config.num_views, coefficients=sweep)
     chance = relation_chance(regions)
-    table = Table("t", *METRICS.values(), title=f"{model}: all context views at t, {regions} unseen regions")
-    for t, row in zip(SWEEP, rows, strict=True):
-        table.add_row(f"{t:.1f}", *(f"{row[metric]:.3f}" for metric in METRICS))
-    console.print(table)
+    policy = predictor.model.config.view_policy
+    further = {task: list(policy[task])[1:] for task in TASKS if not isinstance(policy.get(task, ""), str)}
+    second = [
+        measured({task: [t, *own] for task, own in further.items()})
+        for t in track(SWEEP if any(further.values()) else (), "second view", console=console)
+    ]
+    for what, measurements in (("all context views at t", rows), ("second view at t, others the model's own", second)):
+        if measurements:
+            table = Table("t", *METRICS.values(), title=f"{model}: {what}, {regions} unseen regions")
+            for t, row in zip(SWEEP, measurements, strict=True):
+                table.add_row(f"{t:.1f}", *(f"{row[metric]:.3f}" for metric in METRICS))
+            console.print(table)
     console.print(f"relation word by chance (always the most frequent one): {chance:.3f}")
     shown = [metric for metric in METRICS if metric != "cider"]
+    lines = {METRICS[metric]: (SWEEP, [row[metric] for row in rows]) for metric in shown}
+    if second:
+        lines["relation word, only the second view at t"] = (SWEEP, [row["relation_word_accuracy"] for row in second])
     chart = line_chart(
-        {METRICS[metric]: (SWEEP, [row[metric] for row in rows]) for metric in shown},
+        lines,
         title=f"{model}: the region and what surrounds it",
         x_label="t of the context views (0: the region itself, 1: the whole image)",
         y_label="accuracy / mAP",
@@ -136,14 +158,44 @@ def curve(model: str, regions: int, console: Console, picture: Path) -> dict[str
         "regions": regions,
         "t": SWEEP,
         "curves": {metric: [row[metric] for row in rows] for metric in METRICS},
+        "second_view": {metric: [row[metric] for row in second] for metric in METRICS},
         "relation_chance": chance,
+    }
+
+
+def selection(model: str, regions: int, draws: int, console: Console) -> dict[str, Any]:
+    """Information-based choice of views against a random one (the paper's ablation, rows 6 to 10)."""
+    predictor = DynReferPredictor.from_pretrained(find_checkpoint(model))
+    measured = measurer(predictor, evaluation(regions).evaluation, TASKS)
+    generator = np.random.default_rng(0)
+    context = predictor.model.config.num_views - 1
+    drawn = [[float(t) for t in sample_coefficients(context, generator)] for _ in range(draws)]
+    random = [measured(dict.fromkeys(TASKS, t)) for t in track(drawn, "random views", console=console)]
+    rows = {CHOICES[views]: measured(views) for views in track(tuple(CHOICES), "choices", console=console)}
+    spread = {metric: [row[metric] for row in random] for metric in METRICS}
+    table = Table(
+        "views", *METRICS.values(), title=f"{model}: how the context views are chosen, {regions} unseen regions"
+    )
+    table.add_row("random, mean", *(f"{np.mean(values):.3f}" for values in spread.values()))
+    table.add_row(
+        "random, lowest to highest", *(f"{min(values):.3f} to {max(values):.3f}" for values in spread.values())
+    )
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[metric]:.3f}" for metric in METRICS))
+    console.print(table)
+    return {
+        "model": model,
+        "regions": regions,
+        "random": {"t": drawn, **spread},
+        "choices": {name: {metric: row[metric] for metric in METRICS} for name, row in rows.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ablations", "curve"))
-    parser.add_argument("--model", default="dynrefer-world", help="the model of the curve")
+    parser.add_argument("what", choices=("ablations", "curve", "selection"))
+    parser.add_argument("--model", default="dynrefer-world", help="the model of curve and selection")
+    parser.add_argument("--draws", type=int, default=10, help="random choices of views in selection")
     parser.add_argument("--steps", type=int, default=700, help="training steps of each variant")
     parser.add_argument("--regions", type=int, default=500, help="regions of unseen scenes")
     parser.add_argument("--runs", type=Path, default=Path("out/ablations"), help="where variants are trained")
@@ -153,6 +205,8 @@ def main() -> None:
     out = arguments.out or RESULTS / f"dynrefer_{arguments.what}.json"
     if arguments.what == "ablations":
         result = ablations(arguments.runs, arguments.steps, arguments.regions, console)
+    elif arguments.what == "selection":
+        result = selection(arguments.model, arguments.regions, arguments.draws, console)
     else:
         picture = out.with_suffix(".png")
         result = curve(arguments.model, arguments.regions, console, picture)

@@ -27,6 +27,8 @@ RECIPES = {
     "clip-world": ("recipes/standins/clip_world.yaml", "recipes/standins/clip_world_2.yaml"),
     "t5-world": ("recipes/standins/t5_world.yaml",),
     "proposer-world": ("recipes/standins/proposer_world.yaml",),
+    "convnext-world": ("recipes/standins/convnext_world.yaml",),
+    "llama-world": ("recipes/standins/llama_world.yaml",),
     "dynrefer-world": ("recipes/dynrefer/world.yaml",),
 }
 BUILT_ON = {"dynrefer-world": ("clip-world", "t5-world")}

@@ -67,8 +67,10 @@ def test_the_shipped_model_names_the_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    code, out, _ = run(capsys, demo_arguments(tmp_path / "d.png", "--format", "json"))
+    code, out, err = run(capsys, demo_arguments(tmp_path / "d.png", "--format", "json"))
     assert code == 0
+    assert err.startswith("note: dynrefer-world knows the rendered world only, nothing of photographs"), "not a warning"
+    assert ".py" not in err, "where in the code it was said is nothing to a user"
     regions = json.loads(out)[0]["regions"]
     assert [region["category"] for region in regions] == CATEGORIES
     assert "purple cat" in regions[2]["caption"]

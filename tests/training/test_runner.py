@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_quantized_beside_the_model_as_it_is(recipe, tmp_path):
     assert plain.quantize is None
     assert "unquantized" not in json.loads((tmp_path / "out" / "evaluation.json").read_text())
 
-    module = sys.modules["foveate_tiny_method.recipe"]
+    module: Any = sys.modules["foveate_tiny_method.recipe"]
     exact, calls = module.evaluate, []
 
     def rounded(recipe, model_path, *, device=None, quantize=None):

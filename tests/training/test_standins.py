@@ -75,7 +75,7 @@ def test_the_language_tokenizer_keeps_words_whole_and_spells_the_unknown() -> No
 
 def test_the_clip_tokenizer_ends_with_its_highest_id(scenes: RenderedScenes) -> None:
     captions = [caption for scene in scenes.instances for item in scene for caption in item.captions]
-    tokenizer = train_tokenizer(captions, 700)
+    tokenizer = train_tokenizer([*captions, *["a red car"] * 20], 700)  # often enough to be a token a word
     ids = tokenizer(["a red car", "an unseen wörd"])["input_ids"]
     assert all(row[0] == tokenizer.bos_token_id and row[-1] == tokenizer.eos_token_id for row in ids)
     assert tokenizer.eos_token_id == len(tokenizer) - 1

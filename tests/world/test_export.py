@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.data import open_dataset
+from foveate.data import open_conversations, open_dataset
 from foveate.data.boxes import clamp_visual_genome_box
 from foveate.data.samples import ImageSample, RegionSample
 from foveate.errors import InputError
 from foveate.vision.images import decode_rle
 from foveate.world import export
-from foveate.world.export import export_scenes
+from foveate.world.export import export_scenes, size_name
 from foveate.world.scenes import Instance, Scene, render_scene
 
 SEED, COUNT, SIZE, OBJECTS, VAL_FRACTION = 7, 8, (120, 96), (4, 7), 0.25
@@ -331,3 +331,67 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_llava_round_trip(tmp_path: Path, scenes: list[Scene]) -> None:
+    root = write(tmp_path / "llava", "llava")
+    for split, own in (("train", scenes[:6]), ("val", scenes[6:])):
+        data = open_conversations(root / f"{split}.json", root / "images", root / f"{split}_only_box.json")
+        assert not data.skipped
+        assert not data.dropped
+        assert len(data) == len(own)
+        for sample, scene in zip(data, own, strict=True):
+            assert sample.image is not None
+            with Image.open(sample.image) as image:
+                np.testing.assert_array_equal(np.asarray(image.convert("RGB")), scene.image)
+            asked, answers = sample.messages[::2], sample.messages[1::2]
+            assert asked[0].text.startswith("<image>\n")
+            said = [(m.text.removeprefix("<image>\n"), m.kind, a.text) for m, a in zip(asked, answers, strict=True)]
+            assert sorted(said) == sorted((q.question, q.kind, q.answer) for q in scene.all_questions)
+            assert said != sorted(said) or len(said) < 4  # the place does not tell the kind
+            assert {q.question for q in scene.questions} <= {text for text, _, _ in said}
+            sizes = {
+                q.question: size_name(scene.instances[q.about].box, *reversed(scene.image.shape[:2]))
+                for q in scene.all_questions
+            }
+            assert {m.text.removeprefix("<image>\n"): m.size for m in asked} == sizes
+            (boxes,) = sample.boxes
+            assert boxes.labels == tuple(instance.category for instance in scene.instances)
+            for box, instance in zip(boxes.boxes, scene.instances, strict=True):
+                outer, inner = np.array(box), np.array(instance.box)
+                assert (np.abs(outer - inner) < 1).all()
+                assert (outer[:2] <= inner[:2]).all()
+                assert (outer[2:] >= inner[2:]).all()
+        captions = open_conversations(root / f"{split}_captions.json", root / "images", root / f"{split}_only_box.json")
+        for sample, scene in zip(captions, (s for s in own if s.captions), strict=True):
+            texts = [message.text for message in sample.messages]
+            assert texts[1] == scene.captions[0]
+            assert texts[3].split("; ") == [item.captions[0] for item in scene.instances if item.captions]
+
+
+def test_what_a_question_is_about(scenes: list[Scene]) -> None:
+    kinds = set()
+    for scene in scenes:
+        for asked in scene.all_questions:
+            kinds.add(asked.kind)
+            item = scene.instances[asked.about]
+            if asked.kind == "what":
+                assert asked.answer.endswith(f"{item.attributes['colour']} {item.category}")
+            elif asked.kind == "text":
+                assert item.text is not None
+                assert item.text.lower() == asked.answer
+            else:
+                assert item.category in asked.question
+            if asked.kind == "count":
+                others = [other for other in scene.instances if other.category == item.category]
+                assert asked.answer == str(len(others))
+                assert min(max(o.box[2] - o.box[0], o.box[3] - o.box[1]) for o in others) == max(
+                    item.box[2] - item.box[0], item.box[3] - item.box[1]
+                )
+    assert {"what", "colour", "count", "where"} <= kinds
+
+
+def test_size_names_at_their_limits() -> None:
+    assert size_name((0, 0, 17.9, 4), 200, 100) == "small"
+    assert size_name((0, 0, 4, 18), 200, 100) == "medium"
+    assert size_name((10, 10, 44, 12), 100, 200) == "large"

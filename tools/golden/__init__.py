@@ -18,6 +18,8 @@ from torch import Tensor
 from foveate.errors import InputError
 
 CONFIG = "model_config.json"
+CASES = "cases"
+"""Name under which the items of a JSON file that is one list are found."""
 
 
 class Tracked(dict[str, Any]):
@@ -129,8 +131,10 @@ def _load(path: Path) -> Mapping[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=Tracked)
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
         raise InputError(f"cannot read {path}: {error}.") from error
+    if isinstance(value, list):
+        return {CASES: value}
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not an object.")
+        raise InputError(f"{path} holds a {type(value).__name__}, not an object or a list.")
     return value
 
 

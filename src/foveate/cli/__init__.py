@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -17,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from foveate.cli import convert, describe, evaluate, train, tune_views, world
+from foveate.cli import classify, convert, describe, evaluate, train, tune_views, world
 from foveate.cli.options import one_line
 from foveate.errors import FoveateError
 
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("describe")(describe.describe)
+app.command("classify")(classify.classify)
 app.add_typer(world.app, name="world")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     code = 0
     try:
-        with _ending_cleanly():
+        with _ending_cleanly(), _warnings_as_notes():
             # Not standalone: typer would print a usage error in three lines, and nothing after Ctrl-C.
             code = typer.main.get_command(app).main(args=arguments, prog_name="foveate", standalone_mode=False) or 0
     except _UsageError as error:
@@ -131,6 +133,22 @@ def _ending_cleanly() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Within the block, what is worth a user's attention is one line on stderr, without the place in the code."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"note: {one_line(str(message))}", file=sys.stderr)
+        else:
+            standard(message, category, filename, lineno, *rest)
+
+    with warnings.catch_warnings():
+        standard, warnings.showwarning = warnings.showwarning, show
+        warnings.simplefilter("default", UserWarning)  # once a place
+        yield
 
 
 def _fail_usage(error: Any) -> NoReturn:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -222,11 +221,7 @@ def describe(
     folder = find_checkpoint(model)
     hide_weight_bars()
     keep_freed_memory()
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        describer = load(folder, device=device, dtype=dtype, quantize=quantize)
-    for note in notes:
-        print(f"note: {note.message}", file=sys.stderr)
+    describer = load(folder, device=device, dtype=dtype, quantize=quantize)
     if quantize is not None:
         print(
             f"note: {quantize} changes answers a little; `foveate evaluate RECIPE --model {one_line(model)} --quantize "

@@ -87,7 +87,7 @@ def keep_freed_memory() -> None:
     a CPU is a tenth of describing. For programs that are ours alone; elsewhere nothing happens."""
     import ctypes
 
-    with suppress(AttributeError, OSError):  # no glibc
+    with suppress(AttributeError, OSError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**25)
         mallopt(_M_TRIM_THRESHOLD, 2**30)

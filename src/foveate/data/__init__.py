@@ -1,9 +1,10 @@
-"""Datasets on disk -> typed samples. `open_dataset` is the door; docs/datasets.md says which files go where."""
+"""Datasets on disk -> typed samples. `open_dataset` is the door to images with regions, `open_conversations` to
+conversations about images; docs/datasets.md says which files go where."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from foveate.errors import InputError
 
 if TYPE_CHECKING:
     from foveate.data.dataset import SampleDataset
+    from foveate.data.llava import Conversations
 
 # Name of a format -> module and class of its reader, imported when it is asked for.
 FORMATS: dict[str, tuple[str, str]] = {
@@ -19,6 +21,8 @@ FORMATS: dict[str, tuple[str, str]] = {
     "refcocog": ("foveate.data.refcocog", "RefCOCOg"),
     "coco": ("foveate.data.coco", "COCO"),
 }
+# Of conversations: `open_conversations` reads what `foveate world` writes.
+CONVERSATIONS: dict[str, tuple[str, str]] = {"llava": ("foveate.data.llava", "Conversations")}
 # Formats that `foveate world` does not write: prepared training data, and benchmarks, which are for evaluation only.
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "controlcap": ("foveate.data.region_file", "RegionFile"),
@@ -56,7 +60,25 @@ def open_dataset(format: str, root: Path | str, split: str, *, skip_bad: bool = 
         InputError: unknown format or split; a file is missing or damaged; a record is broken and `skip_bad` is off.
             Names the file and the record.
     """
+    if format in CONVERSATIONS:
+        raise InputError(f"{format!r} holds conversations, not described regions; use foveate.data.open_conversations.")
     known = FORMATS | BENCHMARKS
     module, name = known[check_format(format, known)]
     reader: Callable[..., SampleDataset] = getattr(import_module(module), name)
     return reader(root, split, skip_bad=skip_bad)
+
+
+def open_conversations(
+    annotations: Path | str | Sequence[Path | str],
+    images: Path | str,
+    boxes: Path | str | Sequence[Path | str] = (),
+    *,
+    skip_bad: bool = False,
+) -> Conversations:
+    """Opens conversations in LLaVA's JSON form, downloaded or exported by `foveate world scenes --format llava`.
+
+    Args, attributes and errors as `foveate.data.llava.Conversations`.
+    """
+    from foveate.data.llava import Conversations
+
+    return Conversations(annotations, images, boxes, skip_bad=skip_bad)

@@ -72,3 +72,47 @@ class ImageSample:
     regions: tuple[RegionSample, ...] = ()
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class BoxSet:
+    """Boxes that a detector found on a picture: xyxy pixels (they may overhang it), scores 0 to 1, a label each."""
+
+    boxes: tuple[tuple[float, float, float, float], ...]
+    scores: tuple[float, ...]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What somebody says in a conversation.
+
+    Attributes:
+        speaker: "human" or "gpt".
+        text: a human's may hold `<image>` or `<video>` where the picture stands.
+        kind: of a question of known kind: "what", "colour", "count", "where", "text"; else None.
+        size: "small", "medium" or "large", how large the thing is that the question is about; None if not known.
+    """
+
+    speaker: str
+    text: str
+    kind: str | None = None
+    size: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationSample:
+    """A conversation about an image, a video, or nothing to look at.
+
+    Attributes:
+        sample_id: not unique in published files.
+        messages: in their order; at least one answer follows a question.
+        image, video: what is looked at; at most one of them.
+        boxes: of the image, or of each frame of the video; () where no box file is read.
+    """
+
+    sample_id: str
+    messages: tuple[Message, ...]
+    image: Path | None = None
+    video: Path | None = None
+    boxes: tuple[BoxSet, ...] = ()

@@ -148,8 +148,9 @@ def generate_finite(
         ends = _end_tokens(model)
         if min_length > 0 and len(ends) > 0:
             processors.append(MinLengthLogitsProcessor(min_length, ends.tolist(), device=str(inputs_embeds.device)))
-        if repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    if repetition_penalty != 1.0:
+        # As a setting of generate() it would spare as many tokens as a row of embeddings is padded on the left.
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
     if searched:
         sequences, log_scores = beam_search(
             model,
@@ -171,8 +172,8 @@ def generate_finite(
                 num_beams=num_beams,
                 do_sample=False,
                 min_length=0 if by_us else min_length + prompt_length,
-                length_penalty=length_penalty,
-                repetition_penalty=1.0 if by_us else repetition_penalty,
+                length_penalty=None if num_beams == 1 else length_penalty,  # greedy search would warn of it
+                repetition_penalty=1.0,
                 # would replace NaN before it is seen, should the checkpoint's own generation_config ask for it
                 remove_invalid_values=False,
                 renormalize_logits=False,

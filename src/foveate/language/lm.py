@@ -27,6 +27,9 @@ from foveate.language.pretrained import find_file, first_line, load_complete, re
 # Encoder-decoders whose residual stream outgrows fp16's 65504: trained in bf16 with unscaled RMS-normed sums
 T5_CLASS = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "t5gemma"})
 
+BLIP2 = ("blip-2", "blip_2")
+"""`model_type` of checkpoints with a language model inside."""
+
 
 def load_language_model(
     path: str | os.PathLike[str],
@@ -52,7 +55,7 @@ def load_language_model(
     _check_dtype(dtype)
     config = load_config(path)
     loading: dict[str, Any] = {}
-    if config.model_type in ("blip-2", "blip_2"):  # transformers does not look inside a whole one unless told to
+    if config.model_type in BLIP2:  # transformers does not look inside a whole one unless told to
         config, loading = config.text_config, {"key_mapping": {r"^language_model\.": ""}}
     is_t5 = config.model_type in T5_CLASS
     if feed_forward_activation is not None:
@@ -139,6 +142,16 @@ def load_config(path: str | os.PathLike[str]) -> Any:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # an unknown model_type, or fields that the config class refuses
         raise CheckpointError(f"The config of {path!r} cannot be used: {first_line(error)}") from error
+
+
+def load_language_config(path: str | os.PathLike[str]) -> Any:
+    """The configuration of what `load_language_model` loads from a checkpoint folder or hub name.
+
+    Raises:
+        CheckpointError: as `load_config`.
+    """
+    config = load_config(path)
+    return config.text_config if config.model_type in BLIP2 else config
 
 
 def untie_lm_head(model: PreTrainedModel) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,39 @@ def load_complete(
             f"shape), the first is {wrong[0]}; it is incomplete or of another architecture."
         )
     return model.eval()
+
+
+def load_exactly(load: Callable[..., Any], path: Any, *args: Any, what: str, **kwargs: Any) -> Any:
+    """`load(path)`, a `from_pretrained`, in evaluation mode, refused unless checkpoint and model have the same weights.
+
+    Args:
+        load: the method of transformers' class, which takes `output_loading_info`.
+        what: what is loaded, for the sentence of an error: "the ... checkpoint".
+
+    Raises:
+        CheckpointError: a file that cannot be read, or weights that are missing, unexpected, of another shape or not
+            finite; all are listed.
+    """
+    want_info = kwargs.pop("output_loading_info", False)
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # listed below, with all the rest
+    try:
+        with quiet_load_report():
+            model, info = load(path, *args, **kwargs)
+    except Exception as error:  # safetensors, json, torch and transformers each raise their own
+        raise CheckpointError(f"cannot load {what} {str(path)!r}: {first_line(error)}") from error
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(map(str, info["mismatched_keys"])),
+    }
+    if not any(problems.values()):
+        broken = [key for key, value in model.named_parameters() if not value.is_meta and not value.isfinite().all()]
+        problems["with values that are not finite"] = broken
+    bad = [f"{len(keys)} {kind} ({', '.join(keys)})" for kind, keys in problems.items() if keys]
+    if bad:
+        raise CheckpointError(f"{what} {str(path)!r} does not fit, weights are wrong: {'; '.join(bad)}")
+    model.eval()
+    return (model, info) if want_info else model
 
 
 def read_model_type(path: str) -> str:

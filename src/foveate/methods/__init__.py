@@ -68,6 +68,8 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "dynrefer": Method("foveate.methods.dynrefer", "DynRefer", "foveate_dynrefer"),
+    "mg_llava": Method("foveate.methods.mg_llava", "MGLlava", "foveate_mg_llava"),
+    "vision_gru": Method("foveate.methods.vision_gru", "VisionGRU", "foveate_vision_gru"),
 }
 
 
@@ -75,6 +77,8 @@ STAND_INS: dict[str, str] = {
     "clip-world": "foveate.training.standins.clip",
     "t5-world": "foveate.training.standins.t5",
     "proposer-world": "foveate.training.standins.proposer",
+    "llama-world": "foveate.training.standins.llama",
+    "convnext-world": "foveate.training.standins.convnext",
 }
 """Pre-trained parts that methods build on: they have recipes, but no verb of their own."""
 
@@ -158,11 +162,14 @@ def register() -> None:
     `import foveate` arranges for this to run at the first use of these classes, so that nobody has to call it; it
     imports torch and transformers. Calling it again does nothing.
     """
+    import transformers
     from transformers import AutoConfig, AutoModel, AutoProcessor
 
     for method in METHODS.values():
         AutoConfig.register(method.model_type, method.config, exist_ok=True)
         AutoModel.register(method.config, method.model, exist_ok=True)
+        for name, model in getattr(method.module("modeling"), "AUTO_CLASSES", {}).items():
+            getattr(transformers, name).register(method.config, model, exist_ok=True)
         if method.has("processing"):
             AutoProcessor.register(method.config, method.processor, exist_ok=True)
 

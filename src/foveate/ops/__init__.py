@@ -1,4 +1,5 @@
-"""Pure tensor functions that several methods share: boxes, RoIAlign, deformable sampling, the perceptual hash."""
+"""Pure tensor functions that several methods share: boxes, RoIAlign, deformable sampling, the perceptual hash,
+linear recurrences."""
 
 from foveate.ops.boxes import (
     batched_nms,
@@ -12,6 +13,7 @@ from foveate.ops.boxes import (
 from foveate.ops.deform import deform_conv2d, deform_sample
 from foveate.ops.phash import dct_block, hamming, perceptual_hash, to_grey
 from foveate.ops.roi_align import roi_align
+from foveate.ops.scan import linear_scan, mingru_scan, scan_backend_in_use, use_scan_backend
 
 __all__ = [
     "batched_nms",
@@ -24,8 +26,12 @@ __all__ = [
     "deform_conv2d",
     "deform_sample",
     "hamming",
+    "linear_scan",
+    "mingru_scan",
     "perceptual_hash",
     "roi_align",
+    "scan_backend_in_use",
     "to_grey",
+    "use_scan_backend",
     "validate_boxes",
 ]

@@ -60,8 +60,8 @@ def roi_align(
             coordinates = torch.float64 if input.dtype == torch.float64 else torch.float32
             corners = boxes.to(input.device, coordinates) * spatial_scale - (0.5 if aligned else 0.0)
             x1, y1, x2, y2 = corners.unbind(-1)
-            along_y = _axis_weights(y1, y2, rows, height, sampling_ratio, aligned).to(input.dtype)
-            along_x = _axis_weights(x1, x2, columns, width, sampling_ratio, aligned).to(input.dtype)
+            along_y = axis_weights(y1, y2, rows, height, sampling_ratio, aligned).to(input.dtype)
+            along_x = axis_weights(x1, x2, columns, width, sampling_ratio, aligned).to(input.dtype)
         maps = input.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
         if regions == 0:
             # Still a function of the input, so that a batch without regions can be trained on.
@@ -88,7 +88,7 @@ def _pool_lines(lines: Tensor, along_x: Tensor) -> Tensor:
     return along_x[:, None] @ lines
 
 
-def _axis_weights(start: Tensor, stop: Tensor, bins: int, size: int, sampling_ratio: int, aligned: bool) -> Tensor:
+def axis_weights(start: Tensor, stop: Tensor, bins: int, size: int, sampling_ratio: int, aligned: bool) -> Tensor:
     """Interpolation matrix of one axis: (R, bins, size), row b averages the samples of bin b.
 
     `start` and `stop` (R,) are in cells. The order of the operations is that of the reference kernels, so that a sample

@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
@@ -45,7 +46,7 @@ from foveate.files import atomic_folder, atomic_write
 from foveate.language.pretrained import first_line
 from foveate.training.optimizers import MuonAdamW
 from foveate.training.recipes import TrainingSettings
-from foveate.training.sampling import EpochSampler
+from foveate.training.sampling import EpochSampler, LengthGroupedSampler, SampleLengths
 from foveate.training.schedules import learning_rate_factor
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,9 @@ class TrainingTask:
             again gives them anyway. Keep True if something else than the optimiser changes them (a moving average).
         shard: frozen modules, such as the layers of a language model, that `training.shard_frozen` splits between the
             processes; each is gathered while it runs. `save` must not need them.
+        lengths: of each sample, to make batches of similar lengths; None for batches of any.
+        save_state: writes the finished model into a folder from its whole state dict, for runs in which accelerate's
+            FSDP or DeepSpeed splits what is trained between the processes; None refuses such runs.
     """
 
     model: nn.Module
@@ -79,6 +83,8 @@ class TrainingTask:
     parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     save_frozen: bool = True
     shard: Sequence[nn.Module] = ()
+    lengths: SampleLengths | None = None
+    save_state: Callable[[Path, dict[str, torch.Tensor]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,11 +165,17 @@ def run(
     _ensure_log_lines()
     if not any(parameter.requires_grad for parameter in task.model.parameters()):
         raise RecipeError("No parameter of the model is trainable; check which parts the recipe freezes.")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        # It would split what is trained too, which the checkpoints here do not hold.
+    splitter = split_by()
+    if splitter is not None and (task.save_state is None or task.after_training is not None):
+        # It would split what is trained too, which this method saves whole only.
         raise RecipeError(
-            "accelerate was set up with FSDP; launch with recipes/accelerate/gpus.yaml, and let training.shard_frozen "
-            "split the frozen language model."
+            f"accelerate was set up with {splitter}; launch with recipes/accelerate/gpus.yaml, and let "
+            "training.shard_frozen split the frozen language model."
+        )
+    if splitter is not None and (settings.shard_frozen or settings.optimizer != "adamw"):
+        raise RecipeError(
+            f"accelerate was set up with {splitter}, which splits all of the model and its AdamW; set "
+            "training.shard_frozen to false and training.optimizer to adamw."
         )
     if settings.shard_frozen and (task.save_frozen or not task.shard):
         raise RecipeError("This model has no frozen part that can be split; set training.shard_frozen to false.")
@@ -207,6 +219,8 @@ def run(
     trainer = _Trainer(task, settings, arguments, callbacks, steps_per_epoch)
     trainer.accelerator.wait_for_everyone()
 
+    if start_step >= total_steps and from_checkpoint is not None and splitter is not None:
+        raise RecipeError(f"{from_checkpoint} is of the last step; {_without(from_checkpoint)}.")
     if start_step >= total_steps and from_checkpoint is not None:
         # Killed between its last checkpoint and the final save: the loop would do one step too many.
         trainer._load_from_checkpoint(str(from_checkpoint))
@@ -232,6 +246,8 @@ def run(
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = time.perf_counter() - started
     result = TrainResult(output, output / "checkpoint", trainer.state.global_step, seconds, history)
+    # Every process takes part in putting a split model together.
+    whole: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped) if splitter is not None else None
     if arguments.process_index == 0:
         model.eval()
         if task.after_training is not None:
@@ -239,7 +255,7 @@ def run(
             _save_model(task, result.checkpoint)  # what was trained stays, should the next step fail
             task.after_training(model, output)
         _check_finite_parameters(model, trainer)
-        _save_model(task, result.checkpoint)
+        _save_model(task, result.checkpoint, whole)
         with atomic_write(output / "training.json") as file:
             json.dump({"steps": result.steps, "seconds": round(seconds, 2), "history": history}, file, indent=1)
     trainer.accelerator.wait_for_everyone()
@@ -282,7 +298,7 @@ class _Trainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         dataset = self.task.train_dataset
-        self.epoch_sampler = None if isinstance(dataset, IterableDataset) else EpochSampler(dataset, self.args.seed)
+        self.epoch_sampler = None if isinstance(dataset, IterableDataset) else self._sampler(dataset)
         workers = self.settings.workers
         loader = DataLoader(
             dataset,
@@ -299,6 +315,13 @@ class _Trainer(Trainer):
         )
         self.loader = self.accelerator.prepare(loader)
         return self.loader
+
+    def _sampler(self, dataset: Dataset[Any]) -> EpochSampler:
+        if self.task.lengths is None:
+            return EpochSampler(dataset, self.args.seed)
+        # Consecutive batches go to the processes in turn, so that those of a step are neighbours in length.
+        together = self.settings.batch_size * self.args.world_size
+        return LengthGroupedSampler(dataset, self.args.seed, **self.task.lengths._asdict(), batch_size=together)
 
     def stop_workers(self) -> None:
         # Left to the garbage collector, which closes their queues first, each worker would be waited for 5 seconds.
@@ -340,7 +363,8 @@ class _Trainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         # The stock step calls model.train() each time, a walk over all modules; _Guard does so once.
         loss = self.compute_loss(model, self._prepare_inputs(inputs)) / self.current_gradient_accumulation_steps
-        self.accelerator.backward(loss)
+        # Else DeepSpeed would divide by the accumulation once more.
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
         return loss.detach()
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
@@ -399,6 +423,8 @@ class _Trainer(Trainer):
         return RecipeError(f"{what} at step {step}{f' ({shown})' if shown else ''}: {advice}{safe}.")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:  # asked of every process where the model is split
+            return
         state = _state_to_save(self.task.model, self.task.save_frozen, state_dict)
         path = Path(output_dir or str(self.args.output_dir))
         path.mkdir(parents=True, exist_ok=True)
@@ -427,6 +453,15 @@ class _Trainer(Trainer):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except Exception as error:  # torch raises many types on files that are damaged or not its own
+                advice = _without(resume_from_checkpoint)
+                raise CheckpointError(
+                    f"{resume_from_checkpoint} cannot be read ({first_line(error)}); {advice}."
+                ) from None
+            return
         model = model or self.task.model
         path = Path(resume_from_checkpoint) / "model.safetensors"
         try:
@@ -573,6 +608,14 @@ def _fast_attention_backward(model: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def split_by() -> str | None:
+    """What splits the trained parameters between the processes, as `accelerate launch` was told."""
+    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(variable, "").lower() == "true":
+            return name
+    return None
+
+
 def _count_steps(task: TrainingTask, settings: TrainingSettings, processes: int) -> tuple[int, int]:
     """(optimiser steps per epoch, optimiser steps in all)."""
     if isinstance(task.train_dataset, IterableDataset):
@@ -614,9 +657,11 @@ def _state_to_save(
     return kept
 
 
-def _save_model(task: TrainingTask, folder: Path) -> None:
+def _save_model(task: TrainingTask, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
     with atomic_folder(folder, overwrite=True) as partial:
-        if task.save is not None:
+        if whole is not None and task.save_state is not None:
+            task.save_state(partial, whole)
+        elif task.save is not None:
             task.save(partial)
         elif isinstance(task.model, PreTrainedModel):
             shown = transformers_logging.is_progress_bar_enabled()
@@ -632,7 +677,8 @@ def _save_model(task: TrainingTask, folder: Path) -> None:
 
 def _check_finite_parameters(model: nn.Module, trainer: _Trainer) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter.detach()).all():
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # of a split one each has its part
+        if parameter.requires_grad and not torch.isfinite(own.detach()).all():
             trainer.state.global_step -= 1  # the step that broke it has been counted already
             raise trainer.non_finite(f"The parameter {name} became NaN or infinite")
 
@@ -674,7 +720,7 @@ def _resume_point(folder: Path, resume: bool | Path, rank: int | None) -> Path |
     else:
         checkpoint = Path(resume)
     _trainer_state(checkpoint)
-    for name in ("optimizer.pt", "scheduler.pt"):
+    for name in ("scheduler.pt",) if split_by() is not None else ("optimizer.pt", "scheduler.pt"):
         # torch.save writes zip archives, whose directory stands at their end: a truncated file has none.
         if not zipfile.is_zipfile(checkpoint / name):
             raise CheckpointError(f"{checkpoint / name} is missing or truncated; {_without(checkpoint)}.")

@@ -129,7 +129,7 @@ class TowerLayer:
         return self.hidden_states[:, 0] if self.has_cls else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: DeepSpeed looks at what a module returns with vars()
 class TowerOutput:
     """What a tower returns.
 

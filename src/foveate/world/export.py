@@ -1,4 +1,4 @@
-"""Rendered scenes as datasets on disk, in the layouts of Visual Genome, RefCOCOg and COCO.
+"""Rendered scenes as datasets on disk, in the layouts of Visual Genome, RefCOCOg, COCO and LLaVA.
 
 The files have the key names of the real releases, so that the readers in `foveate.data` (and other people's) read both
 with no special case. What the real formats have no place for stands in optional extra keys: `object_id` and `tags` of a
@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import threading
@@ -27,7 +28,7 @@ from typing import Any
 
 from PIL import Image
 
-from foveate.data import check_format
+from foveate.data import CONVERSATIONS, FORMATS, check_format
 from foveate.data.boxes import xyxy_to_xywh
 from foveate.data.visual_genome import MAX_PHRASE_WORDS
 from foveate.errors import InputError
@@ -68,6 +69,7 @@ class _Exported:
     instances: list[_Described]
     captions: list[str]
     questions: list[tuple[str, str, str]]
+    conversation: list[tuple[str, str, str, str]]  # every question in a random order: text, answer, kind, size
 
 
 def export_scenes(
@@ -85,11 +87,12 @@ def export_scenes(
     """Renders scenes and writes them as a dataset that `foveate.data.open_dataset(format, out, split)` reads.
 
     The folder appears whole or not at all. The splits are "train" and "val" (the last scenes); RefCOCOg has
-    "val_captions", too, and Visual Genome an empty "test". The same arguments write the same files.
+    "val_captions", too, and Visual Genome an empty "test". The same arguments write the same files. Of "llava",
+    `foveate.data.open_conversations` reads SPLIT.json (questions) and SPLIT_captions.json, with SPLIT_only_box.json.
 
     Args:
         out: folder to write; must not exist or be empty.
-        format: "visual-genome", "refcocog" or "coco".
+        format: "visual-genome", "refcocog", "coco" or "llava".
         first_seed: seed of the first scene; the others follow by one.
         count: number of scenes, at least 1.
         size: image side, or (width, height), in pixels.
@@ -105,7 +108,7 @@ def export_scenes(
         InputError: an argument is out of range, `out` is a file or a non-empty folder, the disk has no room for so many
             scenes, or `out` cannot be written (disk full, no permission). Nothing is left behind.
     """
-    check_format(format)
+    check_format(format, FORMATS | CONVERSATIONS)
     _check_whole("count", count, 1)
     _check_whole("processes", processes, 1)
     _check_whole("first_seed", first_seed, 0)
@@ -250,7 +253,20 @@ def _describe(scene: Scene, image_id: int, file: str) -> _Exported:
         for instance in scene.instances
     ]
     questions = [(question.question, question.answer, question.kind) for question in scene.questions]
-    return _Exported(image_id, file, width, height, instances, list(scene.captions), questions)
+    conversation = [
+        (asked.question, asked.answer, asked.kind, size_name(instances[asked.about].box, width, height))
+        for asked in scene.all_questions
+    ]
+    random.Random(scene.seed).shuffle(conversation)  # else the place in a conversation would tell the kind
+    return _Exported(image_id, file, width, height, instances, list(scene.captions), questions, conversation)
+
+
+def size_name(box: Iterable[float], width: int, height: int) -> str:
+    """ "small", "medium" or "large": the longer side of what is seen of an object / the shorter side of the image, with
+    the limits in the middle of the gaps between the world's classes of sizes (0.18 and 0.34)."""
+    x1, y1, x2, y2 = box
+    share = max(x2 - x1, y2 - y1) / min(width, height)
+    return "small" if share < 0.18 else "medium" if share < 0.34 else "large"
 
 
 def _plain_box(box: Iterable[float]) -> tuple[float, float, float, float]:
@@ -441,6 +457,54 @@ def _write_coco(folder: Path, train: list[_Exported], val: list[_Exported]) -> d
     return {}
 
 
+def _write_llava(folder: Path, train: list[_Exported], val: list[_Exported]) -> dict[str, Any]:
+    """Questions, captions to learn to see by, and the objects' boxes in the layout of MG-LLaVA's box files, whose whole
+    pixels are those of the smallest such box around the object."""
+    for split, scenes in (("train", train), ("val", val)):
+        asked, described, boxes = [], [], []
+        for scene in scenes:
+            key = {"id": f"{scene.image_id:012d}", "image": scene.file}
+            if scene.conversation:
+                asked.append(key | {"conversations": _turns(scene.conversation)})
+            objects = [instance.captions[0] for instance in scene.instances if instance.captions]
+            captions = [
+                (request, answer, None, None)
+                for request, answer in (
+                    ("describe the picture briefly.", next(iter(scene.captions), "")),
+                    ("describe the objects in the picture.", "; ".join(objects)),
+                )
+                if answer
+            ]
+            if captions:
+                described.append(key | {"conversations": _turns(captions)})
+            found = [instance.box for instance in scene.instances]
+            boxes.append(
+                key
+                | {
+                    "boxes": [
+                        [math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)] for x1, y1, x2, y2 in found
+                    ],
+                    "scores": [1.0] * len(found),
+                    "labels": [instance.category for instance in scene.instances],
+                }
+            )
+        if scenes:
+            for name, content in (("", asked), ("_captions", described), ("_only_box", boxes)):
+                _write_json(folder / f"{split}{name}.json", content)
+    return {}
+
+
+def _turns(pairs: Iterable[tuple[str, str, str | None, str | None]]) -> list[dict[str, Any]]:
+    """Questions and answers as LLaVA's messages; `kind` and `size` of a question are extra keys."""
+    messages = []
+    for question, answer, kind, size in pairs:
+        extra = {"kind": kind, "size": size} if kind is not None else {}
+        messages.append({"from": "human", "value": question, **extra})
+        messages.append({"from": "gpt", "value": answer})
+    messages[0]["value"] = f"<image>\n{messages[0]['value']}"
+    return messages
+
+
 def _annotation(instance: _Described, categories: dict[str, int], annotation_id: int, image_id: int) -> dict[str, Any]:
     return {
         "id": annotation_id,
@@ -470,5 +534,11 @@ _IMAGES = {
     "visual-genome": ("VG_100K", "{}.png"),
     "refcocog": ("train2014", "COCO_train2014_{:012d}.png"),
     "coco": ("unsorted", "{:012d}.png"),
+    "llava": ("images", "{:012d}.png"),
 }
-_WRITERS = {"visual-genome": _write_visual_genome, "refcocog": _write_refcocog, "coco": _write_coco}
+_WRITERS = {
+    "visual-genome": _write_visual_genome,
+    "refcocog": _write_refcocog,
+    "coco": _write_coco,
+    "llava": _write_llava,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from foveate.world.vocabulary import (
     attribute_vocabulary,
@@ -18,11 +18,16 @@ from foveate.world.vocabulary import (
 
 @dataclass(frozen=True, slots=True)
 class SceneQuestion:
-    """A question about a scene; `kind` is "what", "colour", "count", "where" or "text"."""
+    """A question about a scene; `kind` is "what", "colour", "count", "where" or "text".
+
+    `about` is the place among the scene's instances of the object that has to be seen for the answer: the one asked
+    for, of those that are counted the smallest.
+    """
 
     question: str
     answer: str
     kind: str
+    about: int = field(default=0, compare=False)
 
 
 def attribute_words(category: str, attributes: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -98,9 +103,9 @@ def scene_caption(background: str, things: Sequence[str]) -> str:
     )
 
 
-def question(kind: str, answer: str, **slots: str) -> SceneQuestion:
+def question(kind: str, answer: str, *, about: int = 0, **slots: str) -> SceneQuestion:
     """A question of one of the kinds in the data file."""
-    return SceneQuestion(raw_vocabulary()["questions"][kind].format(**slots), answer, kind)
+    return SceneQuestion(raw_vocabulary()["questions"][kind].format(**slots), answer, kind, about)
 
 
 def _squeeze(text: str) -> str:

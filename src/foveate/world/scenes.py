@@ -97,7 +97,10 @@ class Instance:
 
 @dataclass
 class Scene:
-    """A rendered picture: image (H, W, 3) uint8, instances from back to front, and what is said and asked of it."""
+    """A rendered picture: image (H, W, 3) uint8, instances from back to front, and what is said and asked of it.
+
+    `questions` are one of each kind, `all_questions` every one with a single right answer.
+    """
 
     seed: int
     image: np.ndarray
@@ -105,6 +108,7 @@ class Scene:
     instances: list[Instance]
     captions: tuple[str, ...] = ()
     questions: list[SceneQuestion] = field(default_factory=list)
+    all_questions: list[SceneQuestion] = field(default_factory=list)
 
 
 @dataclass
@@ -239,7 +243,7 @@ def _draw_object(draw: np.random.Generator, placed: Sequence[_Placed], width: in
         del attributes["size"]
     else:
         attributes["size"] = size.name
-    look = _look(draw, category, attributes)
+    look = random_look(draw, category, attributes)
     longer = draw.uniform(size.low, size.high) * min(width, height)
     aspect = SHAPES[category].aspect(look)
     # Half a pixel either way would leave the class of sizes at low resolution, so the longer side is rounded last.
@@ -257,7 +261,12 @@ def _draw_size(draw: np.random.Generator, *, crowded: bool) -> SizeClass:
     return classes[int(draw.choice(len(classes), p=weights / weights.sum()))]
 
 
-def _look(draw: np.random.Generator, category: str, attributes: dict[str, str]) -> Look:
+def random_look(draw: np.random.Generator, category: str, attributes: dict[str, str], text: str | None = None) -> Look:
+    """How an object with these attributes is drawn: its colour jittered, a word of the world on what has one.
+
+    Args:
+        text: the word instead, letters A to Z.
+    """
     spec = categories()[category]
     anchor = colours()[attributes["colour"]]
     rgb = tuple(int(np.clip(value + draw.integers(-8, 9), 0, 255)) for value in anchor)
@@ -271,7 +280,7 @@ def _look(draw: np.random.Generator, category: str, attributes: dict[str, str]) 
         state=attributes.get(spec.state_family) if spec.state_family else None,
         pose=attributes.get("pose"),
         facing=facing.split()[-1] if facing else None,
-        text=words[int(draw.integers(len(words)))] if spec.has_text else None,
+        text=text or words[int(draw.integers(len(words)))] if spec.has_text else None,
         seed=int(draw.integers(2**31)),
     )
 
@@ -440,36 +449,47 @@ def _say(scene: Scene, draw: np.random.Generator) -> None:
     things = [f"a {item.attributes['colour']} {item.category}" for item in shown]
     if things:
         scene.captions = (scene_caption(scene.background, things[:3]), scene_caption(scene.background, things[:1]))
-    scene.questions = _questions(scene, shown, draw)
+    pool = _questions(scene, shown)
+    scene.questions = [
+        options[int(draw.integers(len(options)))]
+        for kind in raw_vocabulary()["questions"]
+        if (options := pool.get(kind))
+    ]
+    scene.all_questions = list(dict.fromkeys(asked for options in pool.values() for asked in options))
 
 
-def _questions(scene: Scene, shown: list[Instance], draw: np.random.Generator) -> list[SceneQuestion]:
-    """One question of each kind that has a single right answer."""
+def _questions(scene: Scene, shown: list[Instance]) -> dict[str, list[SceneQuestion]]:
+    """kind -> questions that have a single right answer; one that several objects give rise to is there for each."""
     pool: dict[str, list[SceneQuestion]] = {}
     every = [item.category for item in scene.instances]
     named = [(item.attributes["colour"], item.category) for item in scene.instances]
+    places = {id(item): place for place, item in enumerate(scene.instances)}
     for item in shown:
-        colour, category = item.attributes["colour"], item.category
+        colour, category, place = item.attributes["colour"], item.category, places[id(item)]
         if every.count(category) == 1:
-            pool.setdefault("colour", []).append(question("colour", colour, category=category))
-        pool.setdefault("count", []).append(question("count", str(every.count(category)), category=category))
+            pool.setdefault("colour", []).append(question("colour", colour, about=place, category=category))
+        smallest = min(
+            (k for k, name in enumerate(every) if name == category), key=lambda k: _longer_side(scene.instances[k])
+        )
+        count = str(every.count(category))
+        pool.setdefault("count", []).append(question("count", count, about=smallest, category=category))
         if item.relations and named.count((colour, category)) == 1:
             relation = item.relations[0]
             other = scene.instances[relation.object_index]
             other_colour = other.attributes["colour"]
             where = relation_clause(relation.predicate, other_colour, other.category)
-            pool.setdefault("where", []).append(question("where", where, colour=colour, category=category))
+            pool.setdefault("where", []).append(question("where", where, about=place, colour=colour, category=category))
             if named.count((other_colour, other.category)) == 1 and not _rivals(scene.instances, item, relation):
                 slots = {"predicate": relation.predicate, "colour": other_colour, "category": other.category}
                 answer = with_articles(f"a {colour} {category}")
-                pool.setdefault("what", []).append(question("what", answer, **slots))
+                pool.setdefault("what", []).append(question("what", answer, about=place, **slots))
         if item.text and named.count((colour, "sign")) == 1:
-            pool.setdefault("text", []).append(question("text", item.text.lower(), colour=colour))
-    return [
-        options[int(draw.integers(len(options)))]
-        for kind in raw_vocabulary()["questions"]
-        if (options := pool.get(kind))
-    ]
+            pool.setdefault("text", []).append(question("text", item.text.lower(), about=place, colour=colour))
+    return pool
+
+
+def _longer_side(instance: Instance) -> float:
+    return max(instance.box[2] - instance.box[0], instance.box[3] - instance.box[1])
 
 
 def _rivals(instances: list[Instance], item: Instance, relation: SceneRelation) -> bool:

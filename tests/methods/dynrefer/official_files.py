@@ -53,6 +53,17 @@ LANGUAGE = {
     "tie_word_embeddings": False,
     "decoder_start_token_id": 0,
 }
+VICUNA = {
+    "model_type": "llama",
+    "vocab_size": len(WORDS) + 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": len(WORDS),
+    "eos_token_id": len(WORDS) + 1,
+    "pad_token_id": 0,
+}
 TEXT = {
     "vocab_size": len(WORDS) + 2,
     "hidden_size": 24,
@@ -133,6 +144,16 @@ def official_state(model: DynReferModel) -> dict[str, Tensor]:
         state[name] = value.clone()
     state["Qformer.bert.embeddings.position_ids"] = torch.arange(16)[None]
     state["clip_embeds"] = torch.zeros(len(TAGS), model.config.text_config.projection_dim)
+    if "llm_proj.weight" in state:
+        # The class trains a Q-Former with its branch for texts, which is given none (spec 2.11).
+        width, wider = model.config.qformer_config.hidden_size, model.config.qformer_config.intermediate_size
+        state["Qformer.bert.embeddings.word_embeddings.weight"] = torch.zeros(8, width)
+        state["Qformer.bert.embeddings.position_embeddings.weight"] = torch.zeros(16, width)
+        for layer in range(model.config.qformer_config.num_hidden_layers):
+            name = f"Qformer.bert.encoder.layer.{layer}."
+            state[f"{name}intermediate.dense.weight"] = torch.zeros(wider, width)
+            state[f"{name}output.LayerNorm.bias"] = torch.zeros(width)
+        state["llm_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     return state
 
 
@@ -202,22 +223,25 @@ def save_blip2(
     tokenizer(clip=False).save_pretrained(folder)
     # transformers calls every T5 tied when it saves one; the released checkpoint says what holds. Its activation is
     # that of plain FLAN-T5, to see that it does not count.
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    content["text_config"] |= {"tie_word_embeddings": False, "dense_act_fn": "gelu_new"}
-    path.write_text(json.dumps(content))
+    if language["model_type"] == "t5":
+        path = folder / "config.json"
+        content = json.loads(path.read_text())
+        content["text_config"] |= {"tie_word_embeddings": False, "dense_act_fn": "gelu_new"}
+        path.write_text(json.dumps(content))
     return model
 
 
-def write_official_files(folder: Path, dtype: torch.dtype = torch.float32) -> OfficialFiles:
+def write_official_files(
+    folder: Path, dtype: torch.dtype = torch.float32, language: dict[str, Any] = LANGUAGE
+) -> OfficialFiles:
     """All files of a tiny released model: two views, 16-wide heads, a three-layer Q-Former."""
     torch.manual_seed(0)
-    blip2 = save_blip2(folder / "blip2", vision=VISION, qformer=QFORMER, language=LANGUAGE, queries=5, dtype=dtype)
+    blip2 = save_blip2(folder / "blip2", vision=VISION, qformer=QFORMER, language=language, queries=5, dtype=dtype)
     text_encoder = randomise(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)), 2).to(dtype)
     config = DynReferConfig(
         vision_config={**VISION, "model_type": "blip_2_vision_model"},
         qformer_config=QFORMER,
-        language_config=LANGUAGE,
+        language_config=language,
         text_config=TEXT,
         num_views=2,
         image_size=56,

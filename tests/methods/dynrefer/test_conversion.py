@@ -173,7 +173,10 @@ def test_the_dtype_of_the_files_is_kept(official_files: Any, tmp_path: Path, dty
     convert_checkpoint(files.official, **files.paths, out=out)
     assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {dtype}
     model = AutoModel.from_pretrained(out)
-    assert {value.dtype for value in model.parameters()} == {dtype}
+    # transformers keeps the output layers of a T5's feed-forwards in float32 beside float16, where they overflow.
+    kept = {key for key, value in model.named_parameters() if value.dtype != dtype}
+    assert kept == {key for key, _ in model.named_parameters() if ".wo." in key and dtype == torch.float16}
+    assert bool(kept) == (dtype == torch.float16)
     assert torch.equal(model.query_tokens, files.blip2.query_tokens)
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate.checkpoints import find_checkpoint
 from foveate.data.region_file import annotation_record
@@ -112,6 +113,26 @@ def test_two_processes_have_the_losses_of_one_with_their_batches_together(
         assert together["contrast"] == pytest.approx(alone["contrast"], rel=1e-4)
         # Summed over the batch of a process (spec 3, L_tag): the mean of two is half of the whole.
         assert 2 * together["tag"] == pytest.approx(alone["tag"], rel=1e-4)
+
+
+def test_a_decoder_only_language_model_is_split_too(recipe: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(find_checkpoint("t5-world"))
+    tokenizer.save_pretrained(tmp_path / "llama")
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    bases = recipe["model"]["base_models"] | {"language": str(tmp_path / "llama")}
+    settings = recipe["training"] | {"learning_rate": 0.0, "max_steps": 2, "save_every": 0}
+    recipe = recipe | {"model": recipe["model"] | {"base_models": bases}, "training": settings}
+    split = recipe | {"training": settings | {"shard_frozen": True}}
+    for each, name in ((recipe, "two"), (split, "split")):
+        done = train(each, tmp_path / name, "still", 2)
+        assert done.returncode == 0, done.stderr
+    for together, split_one in zip(history(tmp_path / "two"), history(tmp_path / "split"), strict=True):
+        assert split_one == pytest.approx(together, rel=1e-4)
+    saved = load_file(tmp_path / "split/checkpoint/model.safetensors")
+    assert "llm_proj.weight" in saved
+    assert not any(key.startswith("language_model.") for key in saved)
 
 
 def test_a_killed_run_of_two_processes_resumes(recipe: dict[str, Any], tmp_path: Path) -> None:

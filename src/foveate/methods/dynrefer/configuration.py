@@ -17,6 +17,8 @@ from foveate.errors import CheckpointError, InputError
 from foveate.language.generation import check_generation
 from foveate.language.pretrained import first_line
 
+from .captioners import Captioner, captioner_of
+
 CANDIDATE_VIEWS: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(1, 11))
 """The interpolation coefficients that a context view may take (paper section 3.1, spec 2.1)."""
 
@@ -37,7 +39,7 @@ class DynReferConfig(PreTrainedConfig):
         vision_config: the frozen vision tower (any model that `foveate.vision.towers` knows).
         text_config: the frozen text encoder of the contrast head (`CLIPTextConfig` with a projection).
         qformer_config: the Q-Former (`Blip2QFormerConfig`); its encoder width is the tower's.
-        language_config: the frozen encoder-decoder language model.
+        language_config: the frozen language model: an encoder-decoder (T5) or a decoder-only one (Llama's layout).
         num_views: n, the number of views a region is seen in; the first is always the region itself (t = 0).
         image_size: side in pixels to which every view is resized.
         vision_layer: which hidden states of the tower are used: "last_hidden_state" (after its final norm) or an index.
@@ -60,7 +62,8 @@ class DynReferConfig(PreTrainedConfig):
         base_models: part ("vision", "text", "language") -> name of the checkpoint that holds its frozen weights. A
             part named here is neither saved with the model nor looked for in its file.
         proposer: checkpoint of the region proposer that `everything=True` uses; None if there is none.
-        max_text_tokens: limit for control words and captions.
+        max_text_tokens: limit for control words and captions; None for that of the official class, 32 with an
+            encoder-decoder and 256 with a decoder-only model (spec 2.10, 2.11).
         generation: decoding defaults (spec 4.1).
     """
 
@@ -98,12 +101,14 @@ class DynReferConfig(PreTrainedConfig):
     exact_box_rounding: bool = True
     base_models: Any = None
     proposer: str | None = None
-    max_text_tokens: int = 32
+    max_text_tokens: int | None = None
     generation: Any = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.max_text_tokens is None:
+            self.max_text_tokens = self.captioner.text_tokens
         self._check_values()
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         self.is_encoder_decoder = False
@@ -183,6 +188,11 @@ class DynReferConfig(PreTrainedConfig):
             if not isinstance(name, str):
                 raise ValueError(f"base_models of {part} must be the name of a checkpoint, not {name!r}")
         check_generation(self.generation)
+
+    @property
+    def captioner(self) -> type[Captioner]:
+        """The kind of the language model."""
+        return captioner_of(self.language_config)
 
     @property
     def grid_size(self) -> int:

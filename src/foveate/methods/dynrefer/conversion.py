@@ -1,19 +1,15 @@
 """Official DynRefer weights -> a folder of ours (spec 6). Nothing is silently dropped and nothing may be missing.
 
 The released file holds the trained tensors only. The frozen parts come from where the authors took them: the vision
-tower, the query tokens and FLAN-T5 from a BLIP-2 checkpoint, the text encoder from EVA-CLIP.
+tower, the query tokens and the language model (FLAN-T5 or Vicuna) from a BLIP-2 checkpoint, the text encoder from
+EVA-CLIP. The Vicuna of the authors is a later one than BLIP-2's, so that it may come from a folder of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import pickle
 import re
-import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -33,11 +27,21 @@ from foveate import __version__
 from foveate.checkpoints import find_checkpoint, read_config
 from foveate.data.records import read_json, read_text
 from foveate.errors import CheckpointError, InputError
-from foveate.files import atomic_folder, atomic_write
-from foveate.language.lm import load_text_encoder, load_tokenizer, untie_lm_head
+from foveate.files import atomic_folder
+from foveate.language.lm import check_tokenizer, load_config, load_text_encoder, load_tokenizer, untie_lm_head
+from foveate.language.official import (
+    files_of,
+    read_tensors,
+    refuse,
+    sha256,
+    weight_files,
+    write_json,
+    write_safetensors,
+)
 from foveate.language.pretrained import first_line
 from foveate.methods import find_dtype
 
+from .captioners import Captioner, DecoderOnly, EncoderDecoder, captioner_of, with_padding_row
 from .configuration import DynReferConfig
 from .modeling import AlignModule, DynReferModel
 from .processing import Attribute, DynReferProcessor, Vocabulary, attribute_prompts
@@ -73,7 +77,6 @@ _OFFICIAL = (
     ("Qformer.bert.encoder.layer.#.attention.self.", "qformer.encoder.layer.#.attention.attention."),
     ("Qformer.bert.encoder.layer.#.crossattention.self.", "qformer.encoder.layer.#.crossattention.attention."),
     ("Qformer.bert.", "qformer."),
-    ("t5_model.", "language_model."),
     ("ln_vision.", "vision_tower.model.post_layernorm."),
     ("text.token_embedding.", "text_encoder.text_model.embeddings.token_embedding."),
     ("text.positional_embedding", "text_encoder.text_model.embeddings.position_embedding.weight"),
@@ -89,17 +92,24 @@ _BLIP2 = (
     ("language_model.", "language_model."),
     ("query_tokens", "query_tokens"),
     ("qformer.", "qformer."),
-    ("language_projection.", "t5_proj."),
 )
 _SAME = re.compile(
-    r"^(cvem_align|cvem_mlp|tag_head|attr_head|(tag|attr)_(vision_proj|text_proj|fc)|t5_proj)\."
+    r"^(cvem_align|cvem_mlp|tag_head|attr_head|(tag|attr)_(vision_proj|text_proj|fc)|(t5|llm)_proj)\."
     r"|^(cem_memory|attr_t|attr_b|query_tokens)$"
+)
+# What a file of the Vicuna variant may hold besides: the Q-Former's branch for texts, which is given none (spec 2.11),
+# and the frequencies of positions that older versions of transformers saved.
+_UNUSED_WITH_VICUNA = re.compile(
+    r"^Qformer\.bert\.(embeddings\.(word|position)_embeddings"
+    r"|encoder\.layer\.\d+\.(intermediate\.dense|output\.(dense|LayerNorm)))\.(weight|bias)$"
+    r"|^llm_model\..*\.inv_freq$"
 )
 _IN_PROJECTION = re.compile(r"^text\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
 _TEXT_PROJECTION = ("text.text_projection", "text_encoder.text_projection.weight")
 
 # The parts that the released file does not hold, as prefixes of our keys.
-_FROZEN = ("vision_tower.", "language_model.", "query_tokens")
+_LANGUAGE = "language_model."
+_FROZEN = ("vision_tower.", _LANGUAGE, "query_tokens")
 
 _PARTS = {
     "vision tower": ("vision_tower.",),
@@ -109,7 +119,7 @@ _PARTS = {
     "tag head": ("tag_",),
     "contrast head": ("attr_",),
     "text encoder": ("text_encoder.",),
-    "captioner's input": ("t5_proj.", "cem_memory"),
+    "captioner's input": ("t5_proj.", "llm_proj.", "cem_memory"),
     "language model": ("language_model.",),
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -133,7 +143,7 @@ class Conversion:
     Attributes:
         config: of the model, derived from the files.
         parts: of the model.
-        unused: source ("official", "base", "text") -> its keys that the model has no use for.
+        unused: source ("official", "base", "language", "text") -> its keys that the model has no use for.
         folder: what was written; None if the files were only compared.
     """
 
@@ -150,8 +160,17 @@ def _rules(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]
     return [(re.compile("^" + re.escape(old).replace(r"\#", r"(\d+)")), new.replace("#", r"\1")) for old, new in pairs]
 
 
-_FROM_OFFICIAL, _TO_OFFICIAL = _rules(_OFFICIAL), _rules((ours, theirs) for theirs, ours in _OFFICIAL)
-_FROM_BLIP2, _TO_BLIP2 = _rules(_BLIP2), _rules((ours, theirs) for theirs, ours in _BLIP2)
+class _Names:
+    """Rules between the keys of files and ours, for one kind of captioner."""
+
+    def __init__(self, kind: type[Captioner]) -> None:
+        official = (*_OFFICIAL, (kind.official, "language_model."))
+        blip2 = (*_BLIP2, ("language_projection.", f"{kind.projection}."))
+        self.from_official, self.to_official = _rules(official), _rules((ours, theirs) for theirs, ours in official)
+        self.from_blip2, self.to_blip2 = _rules(blip2), _rules((ours, theirs) for theirs, ours in blip2)
+
+
+_NAMES: dict[type[Captioner], _Names] = {kind: _Names(kind) for kind in (EncoderDecoder, DecoderOnly)}
 
 
 def _renamed(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
@@ -162,27 +181,34 @@ def _renamed(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
     return None
 
 
-def _translate(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+def _is_unused(key: str, kind: type[Captioner]) -> bool:
+    return key in DERIVED or (kind is DecoderOnly and _UNUSED_WITH_VICUNA.match(key) is not None)
+
+
+def _translate(
+    official: Mapping[str, Tensor], kind: type[Captioner]
+) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """Official tensors under our keys, our key -> the official one, and the keys that belong to no part."""
     converted: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     unknown = []
+    rules = _NAMES[kind]
     for key, value in official.items():
-        if key in DERIVED:
+        if _is_unused(key, kind):
             continue
         projection = _IN_PROJECTION.match(key)
-        renamed = key if _SAME.match(key) else _renamed(key, _FROM_OFFICIAL)
+        renamed = key if _SAME.match(key) else _renamed(key, rules.from_official)
         if projection:
-            layer, kind = projection.groups()
+            layer, what = projection.groups()
             thirds = value.tensor_split(3) if value.ndim else [value] * 3
             for name, third in zip("qkv", thirds, strict=True):
-                target = f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{name}_proj.{kind}"
+                target = f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{name}_proj.{what}"
                 converted[target], names[target] = third.clone(), key
         elif key == _TEXT_PROJECTION[0]:
             converted[_TEXT_PROJECTION[1]] = value.T.contiguous() if value.ndim == 2 else value
             names[_TEXT_PROJECTION[1]] = key
         # There and back again: a key that only looks like ours must not pass for the official one.
-        elif renamed is not None and (renamed == key or _renamed(renamed, _TO_OFFICIAL) == key):
+        elif renamed is not None and (renamed == key or _renamed(renamed, rules.to_official) == key):
             converted[renamed], names[renamed] = value, key
         else:
             unknown.append(key)
@@ -193,13 +219,16 @@ def convert_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename, split and transpose the official tensors of any part of the model.
 
     Args:
-        official: keys as in the released files: `cvem_*`, `Qformer.*`, `tag_*`, `attr_*`, `t5_*`, `text.*`, ...
+        official: keys as in the released files: `cvem_*`, `Qformer.*`, `tag_*`, `attr_*`, `t5_*` or `llm_*`, `text.*`,
+            ...
     Returns:
-        The same values under the keys of `DynReferModel`; `DERIVED` constants are left out.
+        The same values under the keys of `DynReferModel`; `DERIVED` constants are left out, and with `llm_*` the
+        Q-Former's branch for texts.
     Raises:
         CheckpointError: keys that belong to no part of DynRefer, all listed.
     """
-    converted, _, unknown = _translate(official)
+    kind = DecoderOnly if any(key.startswith("llm_") for key in official) else EncoderDecoder
+    converted, _, unknown = _translate(official, kind)
     if unknown:
         raise CheckpointError(f"{len(unknown)} keys are not DynRefer's: {', '.join(sorted(unknown))}")
     return converted
@@ -239,6 +268,7 @@ def check_checkpoint(
     *,
     base: str | os.PathLike[str],
     text: str | os.PathLike[str],
+    language: str | os.PathLike[str] | None = None,
     text_heads: int = EVA_TEXT_HEADS,
 ) -> Conversion:
     """Compare keys and shapes as `convert_checkpoint` does, and write nothing.
@@ -246,7 +276,7 @@ def check_checkpoint(
     Raises:
         InputError, CheckpointError: as `convert_checkpoint`.
     """
-    return _plan(official, base, text, text_heads).conversion
+    return _plan(official, base, language, text, text_heads).conversion
 
 
 def convert_checkpoint(
@@ -256,6 +286,7 @@ def convert_checkpoint(
     text: str | os.PathLike[str],
     tags: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    language: str | os.PathLike[str] | None = None,
     attributes: str | os.PathLike[str] | None = None,
     classes: str | os.PathLike[str] | None = None,
     text_tokenizer: str | os.PathLike[str] | None = None,
@@ -272,10 +303,13 @@ def convert_checkpoint(
     Args:
         official: released file (`vg1.2_5e.pth`, `refcocog_ft.pth`) or a bare state dict. Only tensors are read of it;
             code in it does not run. A frozen tensor that it holds is preferred to that of `base` or `text`.
-        base: BLIP-2 checkpoint with a T5: a folder of safetensors, or a hub name (Salesforce/blip2-flan-t5-xl).
+        base: BLIP-2 checkpoint with a T5, or with a Vicuna for weights of that variant: a folder of safetensors, or a
+            hub name (Salesforce/blip2-flan-t5-xl).
         text: EVA-CLIP file (`eva_clip_psz14.pt`), or a CLIP checkpoint in Hugging Face layout.
         tags: text file with a tag a line (`ram_tag_list.txt`).
         out: folder to write; new or empty.
+        language: language model and tokenizer in place of the base's, of the same kind: a folder of safetensors or a
+            hub name. The authors' Vicuna is version 1.5, BLIP-2's an earlier one (spec 2.11).
         attributes: `ovad2000.json`, whose attributes get the prompts of spec 2.9; without it the model has none.
         classes: text file with a class a line; COCO's 80 by default.
         text_tokenizer: checkpoint with the CLIP tokenizer; by default that of `text`, or `CLIP_TOKENIZER` for a file.
@@ -294,7 +328,7 @@ def convert_checkpoint(
         tag_names = read_lines(tags, "tag")
         class_names = COCO_CLASSES if classes is None else read_lines(classes, "class")
         groups = () if attributes is None else read_attributes(attributes)
-        plan = _plan(official, base, text, text_heads)
+        plan = _plan(official, base, language, text, text_heads)
         if plan.tag_count not in (None, len(tag_names)):
             raise InputError(
                 f"{os.fspath(tags)} has {len(tag_names)} tags, but {os.fspath(official)} was trained with "
@@ -302,7 +336,7 @@ def convert_checkpoint(
             )
         lists = [str(Path(path).name) for path in (tags, attributes, classes) if path is not None]
         vocabulary = Vocabulary(tag_names, groups, class_names, ", ".join(lists))
-        processor = _processor(plan, vocabulary, base, text, text_tokenizer)
+        processor = _processor(plan, vocabulary, base if language is None else language, text, text_tokenizer)
 
         config, tensors = plan.conversion.config, plan.tensors
         kept = {tensor.dtype for tensor in tensors.values()}
@@ -312,14 +346,16 @@ def convert_checkpoint(
         processor.save_pretrained(folder)
         done = _Steps(2 * len(tensors), progress)
         _refuse_non_finite(plan, precision, done)
-        _write_weights(tensors, folder, precision, max_shard_size, done)
+        write_safetensors(tensors, folder, precision, max_shard_size, done.advance)
         sources = {
             "official": [official],
-            "base": _files_of(find_checkpoint(base)),
-            "text": _files_of(Path(text).expanduser() if _is_text_file(text) else find_checkpoint(text)),
+            "base": files_of(find_checkpoint(base)),
+            "language": [] if language is None else files_of(find_checkpoint(language)),
+            "text": files_of(Path(text).expanduser() if _is_text_file(text) else find_checkpoint(text)),
             "lists": [path for path in (tags, attributes, classes) if path is not None],
         }
-        _write_manifest(folder, plan, {name: [Path(path) for path in paths] for name, paths in sources.items()})
+        found = {name: [Path(path) for path in paths] for name, paths in sources.items() if paths}
+        _write_manifest(folder, plan, found)
     return Conversion(config, plan.conversion.parts, plan.conversion.unused, Path(out))
 
 
@@ -345,7 +381,9 @@ def convert_text_encoder(
         model = CLIPTextModelWithProjection(source.config)
     mine = "text_encoder."
     problems = {
-        "missing": [_source_key(mine + key) for key in model.state_dict() if mine + key not in source.tensors],
+        "missing": [
+            _source_key(mine + key, EncoderDecoder) for key in model.state_dict() if mine + key not in source.tensors
+        ],
         "unknown": source.unknown,
         "of another shape": [
             source.names[mine + key]
@@ -353,7 +391,7 @@ def convert_text_encoder(
             if mine + key in source.tensors and source.tensors[mine + key].shape != value.shape
         ],
     }
-    _refuse(f"{os.fspath(text)} does not make a text encoder", problems, "check that the file is whole")
+    refuse(f"{os.fspath(text)} does not make a text encoder", problems, "check that the file is whole")
     weights = {key.removeprefix(mine): value for key, value in source.tensors.items()}
     with atomic_folder(out) as folder:
         model.load_state_dict(weights, assign=True)
@@ -375,7 +413,7 @@ def initialise_from_blip2(model: DynReferModel, base: str | os.PathLike[str]) ->
     Raises:
         CheckpointError: the checkpoint cannot be read, lacks a tensor of these, or has it in another shape.
     """
-    wanted = ("qformer.", "query_tokens", "t5_proj.")
+    wanted = ("qformer.", "query_tokens", f"{model.captioner.projection}.")
     state = {key: value for key, value in _read_blip2(base).tensors.items() if key.startswith(wanted)}
     others = tuple(key for key in model.state_dict() if not key.startswith(wanted))
     load_converted(model, state, allow_missing=others)
@@ -428,26 +466,45 @@ class _Plan:
 
 
 def _plan(
-    official: str | os.PathLike[str], base: str | os.PathLike[str], text: str | os.PathLike[str], text_heads: int
+    official: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    language: str | os.PathLike[str] | None,
+    text: str | os.PathLike[str],
+    text_heads: int,
 ) -> _Plan:
     """Which tensor comes from where, and the configuration that they make."""
-    raw = _read_pickle(official)
-    trained = _Source(*_translate(raw), unused=[key for key in raw if key in DERIVED])
+    raw = read_tensors(official)
+    blip2 = _read_blip2(base)
     # What comes later is preferred.
-    sources = {"base": _read_blip2(base), "text": _read_text(text, text_heads), "official": trained}
+    sources = {"base": blip2}
+    if language is not None:
+        sources["language"] = _read_language_model(language, blip2.config.text_config, base)
+    language_config = blip2.config.text_config if language is None else sources["language"].config
+    kind = captioner_of(language_config)
+    sources["text"] = _read_text(text, text_heads)
+    sources["official"] = _Source(*_translate(raw, kind), unused=[key for key in raw if _is_unused(key, kind)])
+    frozen = _FROZEN if language is None else tuple(prefix for prefix in _FROZEN if prefix != _LANGUAGE)
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for name, source in sources.items():
-        taken = {key: value for key, value in source.tensors.items() if name != "base" or key.startswith(_FROZEN)}
+        taken = {key: value for key, value in source.tensors.items() if name != "base" or key.startswith(frozen)}
         tensors |= taken
         origin |= dict.fromkeys(taken, name)
-    for alias in ("language_model.encoder.embed_tokens.weight", "language_model.decoder.embed_tokens.weight"):
+    for alias in (_LANGUAGE + key for key in kind.repeated):
         if alias in tensors:  # what T5 files repeat under these names is one tensor
             value, name = tensors.pop(alias), origin.pop(alias)
             if "language_model.shared.weight" not in tensors:
                 tensors["language_model.shared.weight"], origin["language_model.shared.weight"] = value, name
+    if kind is DecoderOnly:
+        tokenizer, own_size = load_tokenizer(find_checkpoint(language or base)), language_config.vocab_size
+        check_tokenizer(tokenizer, own_size, f"the tokenizer of {os.fspath(language or base)}")
+        kind.prepare_config(language_config, kind.prepare_tokenizer(tokenizer))
+        if language_config.vocab_size > own_size:
+            mine = {key.removeprefix(_LANGUAGE): value for key, value in tensors.items() if key.startswith(_LANGUAGE)}
+            grown = with_padding_row(mine, kind, language_config.vocab_size)
+            tensors |= {_LANGUAGE + key: value for key, value in grown.items()}
 
-    config = _configuration(sources["base"].config, sources["text"].config, tensors)
+    config = _configuration(blip2.config, language_config, sources["text"].config, tensors)
     names = {key: sources[name].names[key] for key, name in origin.items()}
     _refuse_misfits(config, tensors, names, [key for source in sources.values() for key in source.unknown])
     unused = {
@@ -459,42 +516,6 @@ def _plan(
     derived = raw.get("clip_embeds")
     tag_count = len(derived) if derived is not None and derived.ndim else None
     return _Plan(Conversion(config, tuple(_table(tensors, origin)), unused), tensors, names, tag_count)
-
-
-def _read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file of `torch.save`: of its "model" entry, where it has one as LAVIS writes it."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; give the downloaded checkpoint.")
-    with path.open("rb"):  # what the operating system refuses is not damage
-        pass
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            # A file of the old format cannot be mapped; the tensors of a new one stay on the disk until they are used.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL\s+([\w.]+)", str(error))
-        what = f" ({found.group(1)})" if found else ""
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values{what}, so it was not opened, for code in it could run; "
-            "get the file from its authors, or save the tensors of one that you trust alone."
-        ) from None
-    except Exception as error:  # zip, pickle and torch each raise their own
-        raise CheckpointError(
-            f"{path} is damaged, truncated or not a PyTorch file ({first_line(error)}); copy or download it again."
-        ) from None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    if not isinstance(content, dict) or not content:
-        kind = "nothing" if content == {} else f"a {type(content).__name__}"
-        raise CheckpointError(f"{path} holds {kind} instead of named tensors; give the downloaded checkpoint.")
-    others = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if others:
-        raise CheckpointError(
-            f"{path} holds {len(others)} entries that are not named tensors ({', '.join(others[:10])}); give the "
-            "downloaded checkpoint."
-        )
-    return {key: value.detach() for key, value in content.items()}
 
 
 def _read_blip2(base: str | os.PathLike[str]) -> _Source:
@@ -510,17 +531,36 @@ def _read_blip2(base: str | os.PathLike[str]) -> _Source:
         config: Any = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises its own
         raise CheckpointError(f"the config of {os.fspath(base)} cannot be used: {first_line(error)}") from None
-    if config.text_config.model_type != "t5":
+    kind = captioner_of(config.text_config)
+    if kind is EncoderDecoder and config.text_config.model_type != "t5":
         raise CheckpointError(
             f"the language model of {os.fspath(base)} is a {config.text_config.model_type!r}; DynRefer needs a T5, "
-            "such as that of Salesforce/blip2-flan-t5-xl."
+            "such as that of Salesforce/blip2-flan-t5-xl, or a decoder-only model such as Vicuna."
         )
+    return _read_weights(folder, config, lambda key: _renamed(key, _NAMES[kind].from_blip2))
+
+
+def _read_language_model(language: str | os.PathLike[str], expected: Any, base: str | os.PathLike[str]) -> _Source:
+    """A language model's own checkpoint, of the kind that the base has."""
+    folder = find_checkpoint(language)
+    config = load_config(folder)
+    if not hasattr(config, "vocab_size") or captioner_of(config) is not captioner_of(expected):
+        raise CheckpointError(
+            f"{os.fspath(language)} is a {config.model_type!r}, but the language model of {os.fspath(base)} a "
+            f"{expected.model_type!r}; give a language model of the same kind."
+        )
+    return _read_weights(folder, config, lambda key: _LANGUAGE + key)
+
+
+def _read_weights(folder: Path, config: Any, rename: Callable[[str], str | None]) -> _Source:
+    """The safetensors of a folder under our keys; what `rename` has no key for is not used."""
     source = _Source({}, {}, config=config)
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (no mapping)
-                    renamed = _renamed(key, _FROM_BLIP2)
+                    # Older versions of transformers saved the frequencies of rotary positions.
+                    renamed = None if key.endswith("rotary_emb.inv_freq") else rename(key)
                     if renamed is None:
                         source.unused.append(key)
                     else:
@@ -530,22 +570,6 @@ def _read_blip2(base: str | os.PathLike[str]) -> _Source:
                 f"{file} is damaged or truncated ({first_line(error)}); copy or download it again."
             ) from None
     return source
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a checkpoint folder, one or those of its index."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(index, dict).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"{index} has no weight_map of file names; copy the checkpoint again.")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; copy or download the checkpoint again.")
-    return files
 
 
 def _is_text_file(text: str | os.PathLike[str]) -> bool:
@@ -559,9 +583,9 @@ def _read_text(text: str | os.PathLike[str], heads: int) -> _Source:
         model = load_text_encoder(find_checkpoint(text))
         tensors = {f"text_encoder.{key}": value for key, value in model.state_dict().items()}
         return _Source(tensors, {key: key.removeprefix("text_encoder.") for key in tensors}, config=model.config)
-    content = _read_pickle(text)
+    content = read_tensors(text)
     mine = {key: value for key, value in content.items() if key.startswith("text.")}
-    source = _Source(*_translate(mine))
+    source = _Source(*_translate(mine, EncoderDecoder))
     source.unused = [key for key in content if key not in mine or key in DERIVED]
     blocks = "text_encoder.text_model.encoder.layers."
     vocabulary, width = _shape(
@@ -608,7 +632,7 @@ def _depth(tensors: Iterable[str], *prefixes: str) -> int:
     return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
-def _configuration(blip2: Any, text: Any, tensors: Mapping[str, Tensor]) -> DynReferConfig:
+def _configuration(blip2: Any, language: Any, text: Any, tensors: Mapping[str, Tensor]) -> DynReferConfig:
     """What shapes show is read from them, the rest from the base's configuration.
 
     The heads' number of attention heads is in neither and stays the released model's.
@@ -644,7 +668,7 @@ def _configuration(blip2: Any, text: Any, tensors: Mapping[str, Tensor]) -> DynR
             text_config=_plain(text),
             qformer_config={**_plain(blip2.qformer_config), "use_qformer_text_input": False},
             # BLIP-2 runs FLAN-T5 with the exact GELU (spec 2.10).
-            language_config={**_plain(blip2.text_config), "dense_act_fn": "gelu"},
+            language_config=_plain(language) | ({"dense_act_fn": "gelu"} if language.is_encoder_decoder else {}),
             num_views=max(views, 1),
             image_size=blip2.vision_config.image_size,
             num_query_tokens=queries.shape[1] if queries is not None and queries.ndim == 3 else blip2.num_query_tokens,
@@ -656,7 +680,8 @@ def _configuration(blip2: Any, text: Any, tensors: Mapping[str, Tensor]) -> DynR
         raise CheckpointError(f"the sizes in these files do not make a DynRefer: {first_line(error)}") from None
     # transformers says of every T5 that its output layer is the embedding; that it scales its outputs tells the truth.
     language = config.language_config
-    language.tie_word_embeddings = language.scale_decoder_outputs and "language_model.lm_head.weight" not in tensors
+    tied = language.scale_decoder_outputs if language.is_encoder_decoder else language.tie_word_embeddings
+    language.tie_word_embeddings = tied and "language_model.lm_head.weight" not in tensors
     return config
 
 
@@ -669,15 +694,15 @@ def _plain(config: Any) -> dict[str, Any]:
     }
 
 
-def _source_key(key: str) -> str:
+def _source_key(key: str, kind: type[Captioner]) -> str:
     """What our key is called in the file that it should be in."""
     if key.startswith(_FROZEN):
-        return _renamed(key, _TO_BLIP2) or key
+        return _renamed(key, _NAMES[kind].to_blip2) or key
     if projection := re.fullmatch(
         r"text_encoder\.text_model\.encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(\w+)", key
     ):
         return f"text.transformer.resblocks.{projection[1]}.attn.in_proj_{projection[2]}"
-    return _TEXT_PROJECTION[0] if key == _TEXT_PROJECTION[1] else _renamed(key, _TO_OFFICIAL) or key
+    return _TEXT_PROJECTION[0] if key == _TEXT_PROJECTION[1] else _renamed(key, _NAMES[kind].to_official) or key
 
 
 def _refuse_misfits(
@@ -686,12 +711,12 @@ def _refuse_misfits(
     """One error with all that is missing, unknown, of another shape or no float, under the names of the files."""
     with torch.device("meta"):
         expected = {key: value.shape for key, value in DynReferModel(config).state_dict().items()}
-    for part in ("encoder", "decoder"):
-        del expected[f"language_model.{part}.embed_tokens.weight"]
+    for key in config.captioner.repeated:
+        del expected[_LANGUAGE + key]
     if config.language_config.tie_word_embeddings:
         expected.pop("language_model.lm_head.weight")
     problems = {
-        "missing": [_source_key(key) for key in expected if key not in tensors],
+        "missing": [_source_key(key, config.captioner) for key in expected if key not in tensors],
         "unknown": [*unknown, *(names[key] for key in tensors if key not in expected)],
         "of another shape": [
             f"{names[key]} {tuple(value.shape)} for {tuple(expected[key])}"
@@ -704,16 +729,7 @@ def _refuse_misfits(
             if value.dtype not in _DTYPES or value.layout is not torch.strided
         ],
     }
-    _refuse("the files do not make a DynRefer", problems, "check that they belong together and are whole")
-
-
-def _refuse(what: str, problems: Mapping[str, Sequence[str]], advice: str) -> None:
-    listed = []
-    for kind, keys in problems.items():
-        if keys := sorted(set(keys)):
-            listed.append(f"{len(keys)} {kind} ({', '.join(keys)})")
-    if listed:
-        raise CheckpointError(f"{what}: {'; '.join(listed)}; {advice}.")
+    refuse("the files do not make a DynRefer", problems, "check that they belong together and are whole")
 
 
 def _table(tensors: Mapping[str, Tensor], origin: Mapping[str, str]) -> Iterable[ConvertedPart]:
@@ -748,17 +764,17 @@ def read_lines(path: str | os.PathLike[str], what: str) -> tuple[str, ...]:
 def _processor(
     plan: _Plan,
     vocabulary: Vocabulary,
-    base: str | os.PathLike[str],
+    language: str | os.PathLike[str],
     text: str | os.PathLike[str],
     text_tokenizer: str | os.PathLike[str] | None,
 ) -> DynReferProcessor:
     """The vocabulary with the two tokenizers, each checked against the embedding that reads its ids."""
-    config = plan.conversion.config
+    config: Any = plan.conversion.config
     own = CLIP_TOKENIZER if _is_text_file(text) else text
     # A hub name is not resolved to a folder of it here: the tokenizer's few files are all that is downloaded.
     tokenizers = {
         "text": (load_tokenizer(text_tokenizer or own), config.text_config.vocab_size),
-        "language": (load_tokenizer(find_checkpoint(base)), config.language_config.vocab_size),
+        "language": (load_tokenizer(find_checkpoint(language)), config.language_config.vocab_size),
     }
     for part, (tokenizer, size) in tokenizers.items():
         if len(tokenizer) > size:
@@ -772,7 +788,13 @@ def _processor(
             f"the text tokenizer ends a text with token {tokenizer.eos_token_id} and the text encoder with "
             f"{config.text_config.eos_token_id}; give a CLIP tokenizer as the text tokenizer."
         )
-    return DynReferProcessor(vocabulary, tokenizer, tokenizers["language"][0], max_text_tokens=config.max_text_tokens)
+    return DynReferProcessor(
+        vocabulary,
+        tokenizer,
+        tokenizers["language"][0],
+        max_text_tokens=config.max_text_tokens,
+        decoder_only=config.captioner is DecoderOnly,
+    )
 
 
 # ---------------------------------------------------------------- writing
@@ -798,62 +820,22 @@ def _refuse_non_finite(plan: _Plan, dtype: torch.dtype | None, steps: _Steps) ->
         elif dtype is not None and not value.to(dtype).isfinite().all():
             too_large.append(plan.names[key])
         steps.advance()
-    _refuse("the weights are broken", {"with values that are not finite": broken}, "download the file again")
-    _refuse("the weights do not convert", {f"with values too large for {dtype}": too_large}, "use bfloat16 or float32")
-
-
-def _write_weights(
-    tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, max_shard_size: int | str, steps: _Steps
-) -> None:
-    """safetensors as transformers reads them; one shard at a time is in memory."""
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.numel() * (dtype or tensor.dtype).itemsize,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for name, keys in split.filename_to_tensors.items():
-        shard = {key: tensors[key].to(dtype or tensors[key].dtype).contiguous() for key in keys}
-        try:
-            save_file(shard, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, in its words
-            raise OSError(f"cannot write {name}: {first_line(error)}") from error
-        for _ in keys:
-            steps.advance()
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _files_of(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    names = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
-    return sorted({file for pattern in names for file in source.glob(pattern)})
+    refuse("the weights are broken", {"with values that are not finite": broken}, "download the file again")
+    refuse("the weights do not convert", {f"with values too large for {dtype}": too_large}, "use bfloat16 or float32")
 
 
 def _write_manifest(folder: Path, plan: _Plan, sources: Mapping[str, Sequence[Path]]) -> None:
     # Names only: where the files lay on the machine that converted is nobody's business.
-    _write_json(
+    write_json(
         folder / MANIFEST_FILE,
         {
             "foveate": __version__,
             "method": "dynrefer",
-            "sources": {name: {path.name: _sha256(path) for path in paths} for name, paths in sources.items()},
+            "sources": {name: {path.name: sha256(path) for path in paths} for name, paths in sources.items()},
             "files": {
-                str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+                str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
             },
             "parts": [asdict(part) for part in plan.conversion.parts],
             "unused": plan.conversion.unused,
         },
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)

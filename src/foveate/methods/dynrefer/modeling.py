@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.utils.generic import ModelOutput
@@ -26,16 +26,17 @@ from transformers.utils.generic import ModelOutput
 from foveate.checkpoints import find_checkpoint
 from foveate.errors import CheckpointError
 from foveate.language.generation import GeneratedSequences, generate_finite
-from foveate.language.lm import load_language_model, load_text_encoder, untie_lm_head
+from foveate.language.lm import load_text_encoder, untie_lm_head
 from foveate.language.pretrained import first_line, quiet_load_report
 from foveate.ops.deform import deform_sample
 from foveate.ops.roi_align import roi_align
 from foveate.vision.towers import build_tower, load_tower
 
+from .captioners import load_captioner, with_padding_row
 from .configuration import DynReferConfig
 from .losses import asymmetric_loss, prompt_loss, region_text_contrast
 
-TRAINABLE = ("cvem", "cem", "tag", "attr", "qformer", "t5_proj")
+TRAINABLE = ("cvem", "cem", "tag", "attr", "qformer", "t5_proj", "llm_proj")
 """A parameter is trained if its name contains one of these (spec 3); the query tokens are therefore frozen."""
 
 
@@ -179,20 +180,28 @@ class DynReferPreTrainedModel(PreTrainedModel):
 
 
 class DynReferModel(DynReferPreTrainedModel):
-    """DynRefer whole: frozen tower, region encoder, tag head, contrast head and captioner."""
+    """DynRefer whole: frozen tower, region encoder, tag head, contrast head and captioner.
+
+    The captioner is of one of two kinds (`captioners.py`); the layer before it is called `t5_proj` or `llm_proj`, as in
+    the official weights, and `language_proj` is it.
+    """
+
+    t5_proj: nn.Linear
+    llm_proj: nn.Linear
 
     def __init__(self, config: DynReferConfig) -> None:
         super().__init__(config)
         width, hidden, size = config.vision_config.hidden_size, config.qformer_config.hidden_size, config.head_size
         text_width = config.text_config.projection_dim
-        language_width = config.language_config.d_model
+        language_width = config.language_config.hidden_size
 
         # For BLIP-2's tower the official frozen `ln_vision` is the tower's own final norm.
         self.vision_tower = build_tower(config.vision_config)
         if not self.vision_tower.has_cls:
             raise ValueError(f"a {config.vision_config.model_type} tower has no class token, which the views need")
         self.text_encoder = CLIPTextModelWithProjection(config.text_config)
-        self.language_model = AutoModelForSeq2SeqLM.from_config(config.language_config)
+        self.captioner = config.captioner
+        self.language_model = self.captioner.model_class.from_config(config.language_config)
 
         if config.align:
             self.cvem_align = AlignModule(width, config.align_groups)
@@ -212,10 +221,15 @@ class DynReferModel(DynReferPreTrainedModel):
         self.attr_t = nn.Parameter(torch.tensor(math.log(10.0)))
         self.attr_b = nn.Parameter(torch.tensor(-10.0))
 
-        self.t5_proj = nn.Linear(hidden, language_width)
+        self.add_module(self.captioner.projection, nn.Linear(hidden, language_width))
         self.cem_memory = nn.Parameter(torch.zeros(language_width))
         self.post_init()
         self.freeze()
+
+    @property
+    def language_proj(self) -> nn.Linear:
+        """Region tokens -> the language model's width."""
+        return cast(nn.Linear, self.get_submodule(self.captioner.projection))
 
     # ---------------------------------------------------------------- frozen parts
 
@@ -238,14 +252,22 @@ class DynReferModel(DynReferPreTrainedModel):
         return tuple(f"{self.FROZEN_PARTS[part]}." for part in self.config.base_models)
 
     def language_layers(self) -> list[nn.Module]:
-        """The layers of the language model, first those of the encoder."""
-        parts: Any = [self.language_model.get_encoder(), self.language_model.get_decoder()]
-        return [layer for part in parts for layer in (part.block if hasattr(part, "block") else part.layers)]
+        """The layers of the language model, those of an encoder first."""
+        return self.captioner.layers(self.language_model)
 
     def cast_frozen(self, dtype: torch.dtype) -> DynReferModel:
         """The frozen tower, text encoder and language model in `dtype`; what is trained stays as it is."""
-        for name in self.FROZEN_PARTS.values():
-            self.get_submodule(name).to(dtype)
+        return self._cast(dtype, tuple(f"{name}." for name in self.FROZEN_PARTS.values()))
+
+    def _cast(self, dtype: torch.dtype, prefixes: tuple[str, ...] = ("",)) -> DynReferModel:
+        """Parameters in `dtype`; beside float16, those that transformers keeps in float32 there (T5's `wo`).
+
+        Buffers stay as they are: the frequencies of rotary positions lose places in half precision.
+        """
+        kept = set(self._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+        for name, parameter in self.named_parameters():
+            if name.startswith(prefixes):
+                parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
         return self
 
     def load_base_models(
@@ -263,22 +285,23 @@ class DynReferModel(DynReferPreTrainedModel):
         for part, name in (names or self.config.base_models).items():
             path = find_checkpoint(name)
             if part == "vision":
-                self._copy(load_tower(path, dtype=dtype), self.vision_tower, name)
+                self._fill(self.vision_tower, load_tower(path, dtype=dtype).state_dict(), name)
             elif part == "text":
-                self._copy(load_text_encoder(path, dtype=dtype), self.text_encoder, name)
+                self._fill(self.text_encoder, load_text_encoder(path, dtype=dtype).state_dict(), name)
             else:
-                source: Any = load_language_model(path, dtype=dtype, feed_forward_activation="gelu")[0]
+                source: Any = load_captioner(path, dtype)[0]
                 if source.get_output_embeddings().weight is not source.get_input_embeddings().weight:
                     # A fresh T5 shares them, and the copy would overwrite the embedding with the output layer.
                     untie_lm_head(self.language_model)
-                self._copy(source, self.language_model, name)
+                rows = self.config.language_config.vocab_size
+                self._fill(self.language_model, with_padding_row(source.state_dict(), self.captioner, rows), name)
         self.freeze()
         return self
 
     @staticmethod
-    def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
+    def _fill(part: nn.Module, weights: dict[str, Tensor], name: str) -> None:
         try:
-            target.load_state_dict(source.state_dict())
+            part.load_state_dict(weights)
         except RuntimeError as error:
             raise CheckpointError(
                 f"the base model {name!r} does not fit this configuration: {first_line(error)}"
@@ -319,12 +342,12 @@ class DynReferModel(DynReferPreTrainedModel):
             "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
         }
         model._refuse(name, problems)
-        dtype = model.t5_proj.weight.dtype
+        # Before the base models are copied in, which thus are rounded once only.
+        model._cast(model.query_tokens.dtype)
         model.load_base_models()
         # A head swallows some NaN without a trace, so they are looked for here and not in what it answers.
         broken = [key for key, value in model.named_parameters() if not value.isfinite().all()]
         model._refuse(name, {"with values that are not finite": broken})
-        model.to(dtype)
         model.eval()
         return (model, info) if want_info else model
 
@@ -344,7 +367,7 @@ class DynReferModel(DynReferPreTrainedModel):
         layer = self.config.vision_layer
         tokens = self.vision_tower(pixel_values, layers=(layer,)).hidden_states
         # The frozen parts may be of half the precision of what is trained on them.
-        tokens = tokens.to(self.t5_proj.weight.dtype)
+        tokens = tokens.to(self.query_tokens.dtype)
         return tokens if isinstance(layer, str) else F.layer_norm(tokens, tokens.shape[-1:], eps=1e-5)
 
     def region_features(self, tokens: Tensor, region_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -410,35 +433,27 @@ class DynReferModel(DynReferPreTrainedModel):
         return self.attr_t.exp() * similarity + self.attr_b
 
     def language_inputs(self, query_output: Tensor, control_ids: Tensor, control_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder input of the captioner: region tokens, then control words each with `cem_memory` added (spec 2.10).
+        """What the captioner reads before a caption: region tokens, then control words (spec 2.10, 2.11).
 
         Returns:
-            inputs_embeds (R, Q + L, d_model), attention_mask (R, Q + L).
+            inputs_embeds (R, Q + L, width), attention_mask (R, Q + L).
         """
-        visual = self.t5_proj(query_output)
+        return self.captioner.prompt(*self._visual_and_control(query_output, control_ids), control_mask)
+
+    def _visual_and_control(self, query_output: Tensor, control_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected region tokens, and embedded control words each with `cem_memory` added."""
         control = self.language_model.get_input_embeddings()(control_ids) + self.cem_memory
-        mask = torch.cat([control_mask.new_ones(visual.shape[:2]), control_mask], dim=1)
-        return torch.cat([visual, control.to(visual.dtype)], dim=1), mask
+        return self.language_proj(query_output), control
 
     def caption_loss(
         self, query_output: Tensor, control_ids: Tensor, control_mask: Tensor, caption_ids: Tensor, caption_mask: Tensor
     ) -> Tensor:
-        """Token-mean cross-entropy of the captions, padding ignored (spec 3)."""
-        inputs_embeds, attention_mask = self.language_inputs(query_output, control_ids, control_mask)
+        """Token-mean cross-entropy of the captions; padding and what stands before them does not count (spec 3)."""
+        visual, control = self._visual_and_control(query_output, control_ids)
         labels = caption_ids.masked_fill(caption_mask == 0, -100)
-        language_model: Any = self.language_model
-        logits = language_model(
-            inputs_embeds=inputs_embeds.to(self._language_dtype),
-            attention_mask=attention_mask,
-            decoder_input_ids=language_model.prepare_decoder_input_ids_from_labels(labels),
-            use_cache=False,
-        ).logits
+        logits, labels = self.captioner.teach(self.language_model, visual, control, control_mask, caption_ids, labels)
         # Not left to the language model: it would sum in its own precision, which may be half.
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-    @property
-    def _language_dtype(self) -> torch.dtype:
-        return next(self.language_model.parameters()).dtype
 
     @torch.no_grad()
     def generate(
@@ -452,7 +467,7 @@ class DynReferModel(DynReferPreTrainedModel):
         inputs_embeds, attention_mask = self.language_inputs(query_output, control_ids, control_mask)
         return generate_finite(
             self.language_model,
-            inputs_embeds=inputs_embeds.to(self._language_dtype),
+            inputs_embeds=inputs_embeds.to(self.language_model.dtype),
             attention_mask=attention_mask,
             **{**self.config.generation, **settings},
         )

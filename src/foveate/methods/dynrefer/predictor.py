@@ -37,10 +37,11 @@ from foveate.vision.proposals import (
     load_proposer,
 )
 
-from .configuration import CANDIDATE_VIEWS, find_dynrefer, is_whole, tag_thresholds
+from .captioners import EncoderDecoder
+from .configuration import CANDIDATE_VIEWS, DynReferConfig, find_dynrefer, is_whole, tag_thresholds
 from .int8 import check_quantize, quantize_linears
 from .modeling import DynReferModel, group_maximum
-from .processing import CLASS_TEMPLATE, DynReferProcessor, control_text
+from .processing import CLASS_TEMPLATE, PROCESSOR_FILE, DynReferProcessor, control_text
 from .results import Region, Regions, Report, View, ViewChoice
 from .views import ViewSearch, build_views, pixel_boxes, region_from_mask, resolve_policy, search_views
 
@@ -150,22 +151,23 @@ class DynReferPredictor:
 
         Args:
             device: default CUDA if there is one, else CPU.
-            dtype: default bfloat16 on CUDA, float32 on CPU.
+            dtype: default bfloat16 on a GPU that computes in it, else float32. float16 is for decoder-only captioners.
             quantize: "int8" for linear layers in int8 on a CPU, which is faster where they are wide, takes a quarter of
                 the memory, and changes the answers a little.
             proposer: as the class takes it; a name is loaded when it is first needed.
 
         Raises:
-            InputError: there is no such model, it is of another kind, the dtype is float16, or int8 cannot run here.
+            InputError: there is no such model, it is of another kind, the dtype is float16 and its captioner a T5, or
+                int8 cannot run here.
             CheckpointError: a file of it is damaged or does not fit the others; the sentence names the file.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        if dtype == torch.float16:
-            raise InputError("DynRefer's T5 overflows in float16 and gives broken captions; use bfloat16 or float32")
+        dtype = dtype or default_dtype(device)
         if quantize is not None:
             check_quantize(quantize, device)
         folder = find_dynrefer(folder)
+        if dtype == torch.float16 and DynReferConfig.from_pretrained(folder).captioner is EncoderDecoder:
+            raise InputError("DynRefer's T5 overflows in float16 and gives broken captions; use bfloat16 or float32")
         try:
             model = DynReferModel.from_pretrained(folder, dtype=dtype).to(device)
         except CheckpointError:
@@ -181,6 +183,11 @@ class DynReferPredictor:
             ("language", processor.language_tokenizer, config.language_config.vocab_size),
         ):
             check_tokenizer(tokenizer, entries, f"the {part} tokenizer of {folder}")
+        if processor.captioner is not config.captioner:
+            raise CheckpointError(
+                f"{folder / PROCESSOR_FILE} has decoder_only {str(processor.decoder_only).lower()}, but the language "
+                f"model of config.json is a {config.language_config.model_type!r}; copy both again."
+            )
         if folder.parent == WEIGHTS:
             warnings.warn(
                 f"{folder.name} knows the rendered world only, nothing of photographs; for those, convert the "
@@ -257,13 +264,12 @@ class DynReferPredictor:
                 raise InputError(f"this model brings no list of words for {task!r}; {hint}")
         controls = check_words(controls, "controls")
         # What a tokenizer cuts off would be left out without a word.
-        language, limit = self.processor.language_tokenizer, self.processor.max_text_tokens
-        _check_lengths(
-            language, limit, {"the controls": control_text(tuple(dict.fromkeys(controls)))} if controls else {}
-        )
+        if controls:
+            text = {"the controls": control_text(tuple(dict.fromkeys(controls)))}
+            _check_lengths(self.processor.control_lengths, self.processor.max_text_tokens, text)
         if classes is not None:
             prompts = {f"the class {name!r}": CLASS_TEMPLATE.format(name.lower()) for name in class_names}
-            _check_lengths(self.processor.text_tokenizer, self.processor.max_prompt_tokens, prompts)
+            _check_lengths(self.processor.text_lengths, self.processor.max_prompt_tokens, prompts)
         groups = self._group_tasks(tasks, views)
         nested = [
             self._pick(value, index, len(sources), single, name)
@@ -566,7 +572,7 @@ class DynReferPredictor:
 
     def _encode(self, crops: np.ndarray) -> Tensor:
         """(U, s, s, 3) crops -> (U, 1 + g*g, C) tokens."""
-        weight = self.model.t5_proj.weight
+        weight = self.model.query_tokens
         size = self._views_together(weight.device)
         pieces = [
             self.model.encode_views(
@@ -703,6 +709,12 @@ class DynReferPredictor:
             return self._embeds[texts]
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, whose range is float32's, on a GPU that computes in it; else float32, never float16."""
+    halved = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if halved else torch.float32
+
+
 def _as_found(job: _Job, regions: list[Region], caption_iou: float | None) -> list[Region]:
     """Proposed regions get their masks, and those go whose caption is said already of the same place."""
     if job.found is None:
@@ -737,13 +749,11 @@ def _mask_pixels(mask: Any) -> np.ndarray:
         ) from None
 
 
-def _check_lengths(tokenizer: Any, limit: int, texts: dict[str, str]) -> None:
+def _check_lengths(count: Callable[[Sequence[str]], list[int]], limit: int, texts: dict[str, str]) -> None:
     """Refuses texts (by what they are) of more tokens than a model reads."""
-    if not texts:
-        return
-    for what, ids in zip(texts, tokenizer(list(texts.values()))["input_ids"], strict=True):
-        if len(ids) > limit:
+    for what, tokens in zip(texts, count(list(texts.values())), strict=True):
+        if tokens > limit:
             shown = what if len(what) <= 80 else f"{what[:77]}..."
             raise InputError(
-                f"{shown}: {len(ids)} tokens are more than the {limit} that this model reads; use fewer words"
+                f"{shown}: {tokens} tokens are more than the {limit} that this model reads; use fewer words"
             )

@@ -18,6 +18,7 @@ from foveate.files import atomic_write
 from foveate.language.lm import load_tokenizer
 from foveate.language.words import check_words
 
+from .captioners import DecoderOnly, EncoderDecoder
 from .configuration import is_number, is_whole
 
 VOCABULARY_FILE = "vocabulary.json"
@@ -124,6 +125,11 @@ class DynReferProcessor:
         language_tokenizer: of the captioner.
         image_mean, image_std: per channel, of pixel values in [0, 1].
         max_text_tokens: limit for control words and captions.
+        decoder_only: whether the captioner is a decoder-only model; its tokenizer gets the special tokens that
+            DynRefer's Vicuna has (spec 2.11).
+
+    Raises:
+        CheckpointError: the tokenizer of a decoder-only model has no end token.
     """
 
     def __init__(
@@ -135,10 +141,13 @@ class DynReferProcessor:
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
         max_text_tokens: int = 32,
+        decoder_only: bool = False,
     ) -> None:
         self.vocabulary = vocabulary
         self.text_tokenizer = text_tokenizer
-        self.language_tokenizer = language_tokenizer
+        self.decoder_only = decoder_only
+        self.captioner = DecoderOnly if decoder_only else EncoderDecoder
+        self.language_tokenizer = self.captioner.prepare_tokenizer(language_tokenizer)
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         self.max_text_tokens = max_text_tokens
@@ -161,12 +170,28 @@ class DynReferProcessor:
         batch = self.text_tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"]
 
-    def language_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(R, L) ids and attention mask for the captioner, right-padded, at most `max_text_tokens`."""
-        batch = self.language_tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
-        )
-        return batch["input_ids"], batch["attention_mask"]
+    def text_lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens the text encoder would read, were there no limit."""
+        return [len(row) for row in self.text_tokenizer(list(texts), verbose=False)["input_ids"]]
+
+    def language_ids(self, texts: Sequence[str], *, caption: bool = False) -> tuple[Tensor, Tensor]:
+        """(R, L) ids and attention mask of control texts, or of captions, for the captioner.
+
+        Right-padded, at most `max_text_tokens`: of what is longer the last token is kept (the end of a text, or the bar
+        after a decoder-only model's control words) and those before it are left out.
+        """
+        rows = self.captioner.token_rows(self.language_tokenizer, texts, caption=caption)
+        limit = self.max_text_tokens
+        rows = [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in rows]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        mask = (torch.arange(max(map(len, rows), default=0)) < lengths[:, None]).long()
+        ids = torch.full(mask.shape, self.language_tokenizer.pad_token_id)
+        ids[mask.bool()] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+        return ids, mask
+
+    def control_lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens the captioner would read of control texts, were there no limit."""
+        return [len(row) for row in self.captioner.token_rows(self.language_tokenizer, texts, caption=False)]
 
     def decode(self, sequences: Tensor) -> list[str]:
         """Token ids -> captions without special tokens."""
@@ -183,6 +208,7 @@ class DynReferProcessor:
                 "image_mean": self.image_mean,
                 "image_std": self.image_std,
                 "max_text_tokens": self.max_text_tokens,
+                "decoder_only": self.decoder_only,
             }
             json.dump(settings, file, indent=1)
         for part, tokenizer in (("text", self.text_tokenizer), ("language", self.language_tokenizer)):
@@ -203,6 +229,9 @@ class DynReferProcessor:
                     raise ValueError(f"{name} must be three numbers, one per channel, not {settings[name]!r}")
             if not is_whole(settings["max_text_tokens"]) or not 1 <= settings["max_text_tokens"] <= 65536:
                 raise ValueError(f"max_text_tokens must be a whole number of at least 1: {raw['max_text_tokens']!r}")
+            settings["decoder_only"] = raw.get("decoder_only", False)  # what older versions wrote does not say
+            if not isinstance(settings["decoder_only"], bool):
+                raise ValueError(f"decoder_only must be true or false, not {settings['decoder_only']!r}")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"cannot read {folder / PROCESSOR_FILE}: {type(error).__name__} {error}") from error
         tokenizers = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from foveate.data.samples import ImageSample, RegionSample
 from foveate.data.text import clean_caption
 from foveate.errors import FoveateError, InputError, RecipeError
 from foveate.language.generation import check_generation
-from foveate.language.lm import load_config, load_language_model, load_tokenizer
+from foveate.language.lm import load_config, load_tokenizer
 from foveate.language.pretrained import first_line
 from foveate.metrics.calibration import best_f1_threshold, expected_calibration_error, fit_platt
 from foveate.metrics.captioning import caption_report, mentioned_words
@@ -34,8 +33,8 @@ from foveate.metrics.classification import class_breakdown, mean_average_precisi
 from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection, TrainingSettings
 from foveate.training.sampling import SampleRandom, SeededDataset
 from foveate.training.trainer import TrainingTask
+from foveate.training.world_data import WorldScenes, ensure_rendered
 from foveate.vision.images import load_image
-from foveate.world.export import export_scenes
 from foveate.world.vocabulary import (
     attribute_vocabulary,
     category_names,
@@ -44,6 +43,7 @@ from foveate.world.vocabulary import (
     tag_vocabulary,
 )
 
+from .captioners import DecoderOnly, captioner_of, load_captioner
 from .configuration import (
     CANDIDATE_VIEWS,
     DEFAULT_TAG_THRESHOLD,
@@ -95,15 +95,6 @@ def _checked(check: Callable[[Any], None], *words: str) -> BeforeValidator:
         return value
 
     return BeforeValidator(validate)
-
-
-class WorldScenes(RecipeSection):
-    """Scenes to render and export into `root` when nothing is there yet."""
-
-    first_seed: int = Field(ge=0, le=LARGEST)
-    count: int = Field(gt=0, le=LARGEST)
-    size: int = Field(256, ge=32, le=2048, description="side in pixels")
-    processes: int = Field(2, gt=0, le=64)
 
 
 class RegionData(RecipeSection):
@@ -257,10 +248,7 @@ def open_regions(data: RegionData, seed: int = 0) -> tuple[SampleDataset, list[t
     Raises:
         InputError, RecipeError: the dataset is not there, is damaged, or has no such region.
     """
-    if not data.root.exists() and data.world is not None:
-        _render(data.root, data.format, data.world)
-    elif data.world is not None:
-        _check_rendered(data.root, data.world)
+    ensure_rendered(data.root, data.format, data.world)
     dataset = open_dataset(data.format, data.root, data.split, skip_bad=data.skip_bad)
     index = [(i, k) for i, sample in enumerate(dataset) for k, region in enumerate(sample.regions) if region.captions]
     if not index:
@@ -269,25 +257,6 @@ def open_regions(data: RegionData, seed: int = 0) -> tuple[SampleDataset, list[t
         chosen = np.random.default_rng(seed).choice(len(index), size=data.regions, replace=False)
         index = [index[k] for k in np.sort(chosen)]
     return dataset, index
-
-
-def _render(root: Path, format: str, world: WorldScenes) -> None:
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        # Of the processes that torchrun starts on a machine the first one renders, and the folder appears whole.
-        # Should that fail, torchrun ends the others.
-        while not root.exists():
-            time.sleep(0.2)
-        return
-    log.info("rendering %d scenes into %s", world.count, root)
-    export_scenes(
-        root,
-        format,
-        first_seed=world.first_seed,
-        count=world.count,
-        size=world.size,
-        val_fraction=0.0,
-        processes=world.processes,
-    )
 
 
 def check_root(data: RegionData, section: str) -> None:
@@ -300,24 +269,6 @@ def check_root(data: RegionData, section: str) -> None:
         raise RecipeError(
             f"{section}.root: there is no folder {data.root}; put the dataset there, or give {section}.world"
         )
-
-
-def _check_rendered(root: Path, world: WorldScenes) -> None:
-    """Scenes that another recipe rendered into `root` are not what this one asks for.
-
-    Raises:
-        RecipeError: they have other seeds, another size, or are more or fewer.
-    """
-    manifest = root / "dataset.json"
-    if not manifest.is_file():
-        return  # a dataset of the user's own, in place of the rendered one
-    found = read_json(manifest, dict)
-    for key in ("first_seed", "count", "size"):
-        if key in found and found[key] != getattr(world, key):
-            raise RecipeError(
-                f"{root} was rendered with {key} {found[key]}, but the recipe asks for {getattr(world, key)}; "
-                "remove that folder, or give another root"
-            )
 
 
 def dataset_vocabulary(dataset: SampleDataset, name: str) -> Vocabulary:
@@ -574,7 +525,7 @@ class Collate:
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         captions = [sample["caption"] for sample in samples]
         text_ids, text_mask = self.processor.text_ids(captions)
-        caption_ids, caption_mask = self.processor.language_ids(captions)
+        caption_ids, caption_mask = self.processor.language_ids(captions, caption=True)
         control_ids, control_mask = self.processor.language_ids([sample["control"] for sample in samples])
         prompts = {}
         if self.prompt_embeds is not None:
@@ -617,7 +568,7 @@ def build_model(settings: ModelSettings) -> DynReferModel:
         | {"qformer_width", "qformer_layers", "qformer_heads", "qformer_dropout"}
     )
     # The loaded one knows whether its output layer is tied; its file may not.
-    language_config = load_language_model(folders["language"], dtype=dtype, feed_forward_activation="gelu")[0].config
+    language_config = _language_config(folders["language"], dtype)
     vision_config = load_config(folders["vision"])
     text_config = vision_config if folders["text"] == folders["vision"] else load_config(folders["text"])
     text = getattr(text_config, "text_config", text_config)
@@ -641,6 +592,13 @@ def build_model(settings: ModelSettings) -> DynReferModel:
         raise _unfit(error) from None
     model.cast_frozen(dtype).load_base_models(dtype=dtype)
     return model if settings.qformer_from is None else initialise_from_blip2(model, settings.qformer_from)
+
+
+def _language_config(folder: Path, dtype: torch.dtype) -> Any:
+    model, tokenizer = load_captioner(folder, dtype)
+    captioner = captioner_of(model.config)
+    captioner.prepare_config(model.config, captioner.prepare_tokenizer(tokenizer))
+    return model.config
 
 
 def _qformer_config(settings: ModelSettings) -> dict[str, Any]:
@@ -728,6 +686,8 @@ def build(recipe: DynReferRecipe) -> TrainingTask:
             load_tokenizer(find_checkpoint(recipe.model.base_models["language"])),
             image_mean=model.vision_tower.mean,
             image_std=model.vision_tower.std,
+            max_text_tokens=config.max_text_tokens,
+            decoder_only=config.captioner is DecoderOnly,
         )
     vocabulary = processor.vocabulary
     _check_tags(dataset if recipe.data.format == "controlcap" else (), vocabulary, config, recipe.data.root)

@@ -68,3 +68,20 @@ class RenderedScenes:
     def describable(self) -> list[tuple[int, int]]:
         """(scene, instance) of every object that has captions."""
         return [(s, k) for s, scene in enumerate(self.instances) for k, item in enumerate(scene) if item.describable]
+
+
+def tight_box(mask: np.ndarray) -> np.ndarray | None:
+    """xyxy, half-open, around the True of a (H, W) mask; None if there is none."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+
+
+def whole_areas(scenes: RenderedScenes) -> list[np.ndarray]:
+    """For each scene, the pixels of each of its objects if nothing covered it."""
+    areas = []
+    for ids, items in zip(scenes.instance_maps, scenes.instances, strict=True):
+        visible = np.bincount(ids.ravel(), minlength=len(items) + 1)[1:]
+        areas.append(visible / np.array([item.visible_fraction for item in items]))
+    return areas

@@ -22,21 +22,19 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from foveate.errors import RecipeError
 from foveate.training.recipes import Recipe, RecipeSection
 from foveate.training.sampling import SampleRandom, SeededDataset
+from foveate.training.standins.labels import asked_cross_entropy, attribute_loss, label_table
 from foveate.training.standins.loading import load_stand_in
+from foveate.training.standins.pixels import save_image_processor, to_pixel_values
 from foveate.training.standins.rendered import RenderedData, RenderedScenes
 from foveate.training.trainer import TrainingTask
 from foveate.world.scenes import Instance, render_scene
 from foveate.world.vocabulary import attribute_vocabulary, category_names, colour_names, relation_predicates
 
 log = logging.getLogger(__name__)
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipSizes(RecipeSection):
@@ -114,7 +112,7 @@ class CropDataset(SeededDataset):
         self.scenes = scenes
         self.sizes = sizes
         self.index = scenes.describable()
-        self.labels, self.offsets = _label_table(scenes)
+        self.labels, self.offsets = label_table(scenes)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -175,33 +173,6 @@ class CropDataset(SeededDataset):
         return boxes, related
 
 
-def _label_table(scenes: RenderedScenes) -> tuple[Tensor, np.ndarray]:
-    """One row per object: category + 1, attributes (1, 0, -1 unknown), predicate + 1, related category, related colour.
-
-    Row 0 is the background. Returns the table and the row before the first object of each scene.
-    """
-    categories = {name: k for k, name in enumerate(category_names())}
-    attributes = {name: k for k, name in enumerate(attribute_vocabulary())}
-    predicates = {name: k for k, name in enumerate(relation_predicates())}
-    colours = {name: k for k, name in enumerate(colour_names())}
-    width = len(attributes)
-    rows = [np.array([0, *[-1] * width, -1, -1, -1])]
-    offsets = []
-    for instances in scenes.instances:
-        offsets.append(len(rows) - 1)
-        for item in instances:
-            known = np.full(width, -1)
-            known[[attributes[name] for name in item.negative_attributes]] = 0
-            known[[attributes[name] for name in item.positive_attributes]] = 1
-            relation = [0, -1, -1] if item.describable else [-1, -1, -1]
-            if item.relations:
-                other = instances[item.relations[0].object_index]
-                predicate = predicates[item.relations[0].predicate]
-                relation = [predicate + 1, categories[other.category], colours[other.attributes["colour"]]]
-            rows.append(np.array([categories[item.category] + 1, *known, *relation]))
-    return torch.from_numpy(np.stack(rows)), np.array(offsets)
-
-
 class ClipPretraining(nn.Module):
     """The CLIP model and the heads of the dense objectives."""
 
@@ -246,20 +217,14 @@ class ClipPretraining(nn.Module):
         truth = self.labels[labels.flatten()]
         category, attributes, predicate, other, colour = truth.split([1, self.counts[1], 1, 1, 1], dim=1)
         predicted = self.patch_head(hidden[:, 1:]).float().flatten(0, 1).split(self.counts, dim=1)
-        known = attributes >= 0
-        attribute_loss = F.binary_cross_entropy_with_logits(
-            predicted[1], attributes.clamp(min=0).float(), reduction="none"
-        )
         losses = {
             "category": F.cross_entropy(predicted[0], category[:, 0]),
-            "attributes": 6 * (attribute_loss * known).sum() / known.sum().clamp(min=1),
+            "attributes": 6 * attribute_loss(predicted[1], attributes),
         }
         for name, logits, wanted in zip(
             ("predicate", "other", "colour"), predicted[2:], (predicate, other, colour), strict=True
         ):
-            asked = wanted[:, 0].masked_fill(~related.flatten(), -1)
-            count = (asked >= 0).sum().clamp(min=1)
-            losses[name] = F.cross_entropy(logits, asked, ignore_index=-1, reduction="sum") / count
+            losses[name] = asked_cross_entropy(logits, wanted[:, 0].masked_fill(~related.flatten(), -1))
         grid = self.sizes.image_size // self.sizes.patch_size
         beside = self.labels[_next_on_each_side(labels.view(-1, grid, grid)).flatten(2)][..., 0]  # (B, 4, g*g)
         sides = self.side_head(hidden[:, 1:]).float().unflatten(2, (4, -1)).transpose(1, 2)
@@ -324,16 +289,11 @@ def start_like_a_trained_transformer(vision: nn.Module, grid: int) -> None:
         attention.out_proj.weight.copy_((values.sqrt()[:, None] * right).T)
 
 
-def _pixel_values(crops: list[np.ndarray]) -> Tensor:
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
 def _collate(tokenizer: CLIPTokenizer) -> Any:
     def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         text = tokenizer([sample["caption"] for sample in samples], padding=True, truncation=True, return_tensors="pt")
         return {
-            "pixel_values": _pixel_values([sample["pixels"] for sample in samples]),
+            "pixel_values": to_pixel_values([sample["pixels"] for sample in samples]),
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
             "labels": torch.from_numpy(np.stack([sample["labels"] for sample in samples])).flatten(1),
@@ -408,10 +368,7 @@ def build(recipe: ClipRecipe) -> TrainingTask:
     def save(folder: Path) -> None:
         model.clip.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        side = {"height": sizes.image_size, "width": sizes.image_size}
-        CLIPImageProcessorPil(
-            size=side, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)
-        ).save_pretrained(folder)
+        save_image_processor(folder, sizes.image_size)
 
     return TrainingTask(model=model, train_dataset=dataset, collate=_collate(tokenizer), save=save)
 
@@ -446,7 +403,7 @@ def evaluate(recipe: ClipRecipe, model_path: Path) -> dict[str, Any]:
     spoken = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
     prompts = tokenizer([f"a {name}" for name in category_names()], padding=True, return_tensors="pt")
     with torch.inference_mode():
-        image = F.normalize(model.get_image_features(pixel_values=_pixel_values(crops)).pooler_output, dim=-1)
+        image = F.normalize(model.get_image_features(pixel_values=to_pixel_values(crops)).pooler_output, dim=-1)
         names = F.normalize(model.get_text_features(**prompts).pooler_output, dim=-1)
         text = F.normalize(model.get_text_features(**spoken).pooler_output, dim=-1)
     groups = min(64, len(image))

@@ -23,7 +23,7 @@ from foveate.metrics.proposals import ProposalImage, evaluate_proposals
 from foveate.ops.boxes import box_area, box_giou
 from foveate.training.recipes import Recipe, RecipeSection
 from foveate.training.sampling import SampleRandom, SeededDataset
-from foveate.training.standins.rendered import RenderedData, RenderedScenes
+from foveate.training.standins.rendered import RenderedData, RenderedScenes, tight_box, whole_areas
 from foveate.training.trainer import TrainingTask
 from foveate.vision.proposer import (
     STRIDE,
@@ -88,11 +88,7 @@ class CropDataset(SeededDataset):
         self.scenes = scenes
         self.image_size = image_size
         self.labels = {name: k for k, name in enumerate(category_names())}
-        # Pixels of each whole object, from the visible ones and the visible fraction.
-        self.areas = [
-            [(ids == k + 1).sum() / item.visible_fraction for k, item in enumerate(items)]
-            for ids, items in zip(scenes.instance_maps, scenes.instances, strict=True)
-        ]
+        self.areas = whole_areas(scenes)
 
     def __len__(self) -> int:
         return len(self.scenes.images)
@@ -113,10 +109,10 @@ class CropDataset(SeededDataset):
         wanted, ignored, labels = [], [], []
         for number, item in enumerate(self.scenes.instances[index]):
             mask = ids == number + 1
-            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            if not len(rows):
+            box = tight_box(mask)
+            if box is None:
                 continue
-            box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) * scale
+            box = box * scale
             visible = mask.sum() / self.areas[index][number]
             if visible >= MIN_VISIBLE and max(box[2] - box[0], box[3] - box[1]) >= MIN_PIXELS:
                 wanted.append(box)
