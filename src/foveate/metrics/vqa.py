@@ -123,6 +123,26 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, count / 3) for count in others) / len(answers)
 
 
+def exact_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether an answer is one of `answers`, but for case, white space around it and full stops at its end (as GQA).
+
+    Raises:
+        InputError: there is no answer, or something is not a string.
+    """
+    answers = _checked(prediction, answers)
+    return _bare(prediction) in map(_bare, answers)
+
+
+def normalised_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether an answer is one of `answers` after `normalise_answer`.
+
+    Raises:
+        InputError: there is no answer, or something is not a string.
+    """
+    answers = _checked(prediction, answers)
+    return normalise_answer(prediction) in map(normalise_answer, answers)
+
+
 def extract_letters(prediction: str, *, rule: str = "strict") -> str:
     """The option letter in an answer to a multiple-choice question, "" where there is none.
 
@@ -191,6 +211,10 @@ def circular_accuracy(
         {name: sum(verdicts) / len(verdicts) for name, verdicts in groups.items()},
         len(right),
     )
+
+
+def _bare(text: str) -> str:
+    return text.strip().rstrip(".").lower().strip()
 
 
 def _collapsed(text: str) -> str:
