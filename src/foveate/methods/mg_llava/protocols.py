@@ -58,33 +58,46 @@ _JUDGE = "exact and normalised match, not comparable with published figures, whi
 Name = Literal["mmbench", "seedbench", "mmstar", "scienceqa", "ai2d", "textvqa", "docvqa", "vqav2", "msvd", "msrvtt"]
 
 
+Score = Callable[[str, BenchmarkQuestion], float]
+"""Of what was said to a question, 0 to 1."""
+
+
 @dataclass(frozen=True)
 class _Protocol:
     """What a protocol reads and how an answer is scored.
 
     Attributes:
         reads: "choice", "answers", "lines" or "videos".
-        scores: names of the figures of an answer -> their functions of the answer and what is right.
+        scores: names of the figures of an answer -> their functions of the answer and the question.
         server: whether answers go to a server where the file does not say what is right.
     """
 
     reads: str
-    scores: Mapping[str, Callable[[str, tuple[str, ...]], float]]
+    scores: Mapping[str, Score]
     server: bool = False
 
 
-def _by_letter(rule: str) -> Callable[[str, tuple[str, ...]], float]:
-    return lambda said, right: float(extract_letters(said, rule=rule) in right)
+def letter(said: str, question: BenchmarkQuestion, rule: str) -> str:
+    """The option's letter in an answer, "" for none."""
+    return extract_letters(said, rule=rule, options="".join(name for name, _ in question.options))
+
+
+def _by_letter(rule: str) -> Score:
+    return lambda said, question: float(letter(said, question, rule) in question.answers)
+
+
+def _by_answers(score: Callable[[str, Sequence[str]], float]) -> Score:
+    return lambda said, question: float(score(said, question.answers))
 
 
 _LETTERS = {rule: _by_letter(rule) for rule in RULES}
-_SOFT: dict[str, Callable[[str, tuple[str, ...]], float]] = {"accuracy": vqa_accuracy}
-_MATCHES = {"exact": exact_match, "normalised": normalised_match}
+_SOFT = {"accuracy": _by_answers(vqa_accuracy)}
+_MATCHES = {"exact": _by_answers(exact_match), "normalised": _by_answers(normalised_match)}
 PROTOCOLS: dict[str, _Protocol] = {
     "mmbench": _Protocol("choice", _LETTERS, server=True),
     **dict.fromkeys(("seedbench", "mmstar", "scienceqa", "ai2d"), _Protocol("choice", _LETTERS)),
     "textvqa": _Protocol("lines", _SOFT),
-    "docvqa": _Protocol("answers", {"anls": anls}),
+    "docvqa": _Protocol("answers", {"anls": _by_answers(anls)}),
     "vqav2": _Protocol("lines", _SOFT, server=True),
     **dict.fromkeys(("msvd", "msrvtt"), _Protocol("videos", _MATCHES)),
 }
@@ -285,9 +298,10 @@ def _whole(
         return places
     rows = Counter(index % MAIN_ROWS for index in own.values())
     broken = {int(data[place].question_id) % MAIN_ROWS for place in bad}
-    # How many rows a question has is how many options it has; only a broken row can be the reason why it has fewer.
-    broken |= {index % MAIN_ROWS for place, index in own.items() if rows[index % MAIN_ROWS] < len(data[place].options)}
-    left_out["circular question of which a row is left out"] += len(broken & set(rows))
+    if data.skipped:  # which row was broken is not known; a whole question has as many as it has options
+        broken |= {own[place] % MAIN_ROWS for place in own if rows[own[place] % MAIN_ROWS] < len(data[place].options)}
+    if lost := len(broken.intersection(rows)):
+        left_out["circular question of which a row is left out"] += lost
     return [place for place in places if own[place] % MAIN_ROWS not in broken]
 
 
@@ -306,7 +320,7 @@ def prompt(name: str, question: BenchmarkQuestion) -> str:
     if reads != "choice":
         return question.question
     hint = f"{question.hint}\n" if question.hint.strip() else ""
-    options = "".join(f"{letter}. {text}\n" for letter, text in question.options)
+    options = "".join(f"{name}. {text}\n" for name, text in question.options)
     text = f"{hint}{question.question}\n{options}"
     return text + (LETTER_REQUEST_CHINESE if _CHINESE.search(text) else LETTER_REQUEST)
 
@@ -419,10 +433,10 @@ def _answer(name: str, question: BenchmarkQuestion, answer: Any) -> dict[str, An
     if finish is not None:
         line["finish"] = finish
     if PROTOCOLS[name].reads == "choice":
-        line["letters"] = {rule: extract_letters(text, rule=rule) for rule in RULES}
+        line["letters"] = {rule: letter(text, question, rule) for rule in RULES}
     if question.answers:
         scores = PROTOCOLS[name].scores
-        line["scores"] = {figure: round(float(score(text, question.answers)), 6) for figure, score in scores.items()}
+        line["scores"] = {figure: round(score(text, question), 6) for figure, score in scores.items()}
     return line
 
 
@@ -501,7 +515,7 @@ def _mains(protocol: _Protocol, questions: Sequence[BenchmarkQuestion]) -> list[
 def _groups(protocol: _Protocol, questions: Sequence[BenchmarkQuestion], texts: Sequence[str]) -> list[Group]:
     """The figures of all, and of each category where there are several."""
     columns = {
-        figure: [float(score(text, question.answers)) for question, text in zip(questions, texts, strict=True)]
+        figure: [score(text, question) for question, text in zip(questions, texts, strict=True)]
         for figure, score in protocol.scores.items()
     }
     groups: list[Group] = []
@@ -537,9 +551,10 @@ def _figures(
     protocol = PROTOCOLS[settings.name]
     figures: dict[str, Any] = {}
     if protocol.reads == "choice":
-        beyond = sum(any(letter > "D" for letter, _ in one.options) for one in _mains(protocol, questions))
+        beyond = sum(any(name > "D" for name, _ in one.options) for one in _mains(protocol, questions))
         figures["letters"] = settings.letters
-        figures["without_letter"] = sum(not extract_letters(text, rule=settings.letters) for text in texts)
+        pairs = zip(texts, questions, strict=True)
+        figures["without_letter"] = sum(not letter(text, question, settings.letters) for text, question in pairs)
         if beyond:
             figures["options_beyond_d"] = beyond
     if protocol.reads == "videos":
