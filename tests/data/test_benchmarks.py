@@ -64,7 +64,7 @@ def test_a_circular_table(tmp_path: Path) -> None:
         options=(("A", "cat"), ("B", "dog"), ("C", "cow"), ("D", "hen")),
         answers=("B",),
         category="animals",
-        parent_category="living",
+        l2_category="living",
         split="dev",
     )
     assert data[1].options == (("A", "yes"), ("B", "no"))
@@ -208,6 +208,9 @@ def test_vqa_joins_by_id(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"prompts\.jsonl: line 2: .*{fault}"):
             QuestionLines(path, tmp_path, **extra)
         assert len(QuestionLines(path, tmp_path, **extra, skip_bad=True)) == 1
+    # `foveate boxes` names pictures by their files.
+    (tmp_path / "boxes.json").write_text(json.dumps([{"id": "b", "boxes": [], "scores": [], "labels": []}]))
+    assert QuestionLines(lines(tmp_path, good), tmp_path, **extra)[0].boxes == (BoxSet((), (), ()),)
     (tmp_path / "answers.json").write_text(json.dumps({"questions": []}))
     with pytest.raises(InputError, match='has neither "data"'):
         QuestionLines(lines(tmp_path, good), tmp_path, annotations=tmp_path / "answers.json")
@@ -226,7 +229,8 @@ def test_videos_are_found_by_name(tmp_path: Path) -> None:
     (tmp_path / "videos/clip1.avi").write_bytes(b"")
     (tmp_path / "videos/clip1.txt").write_bytes(b"")
     frame = {"boxes": [[0, 0, 2, 2]], "scores": [0.5], "labels": ["a"]}
-    boxes = [{"video": f"{name}.mp4", "frames": [frame] * 8} for name in ("clip1", "frames", "gone")]
+    boxes = [{"video": f"{name}.mp4", "frames": [frame] * 8} for name in ("clip1", "frames")]
+    boxes.append({"id": "gone", "frames": [frame] * 8})
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     data = VideoQuestions(
         tmp_path / "q.json",

@@ -416,9 +416,7 @@ def test_mmbench_round_trip(tmp_path: Path, scenes: list[Scene]) -> None:
             wrong = [text for text in options.values() if text != asked.answer]
             assert not [text for text in wrong if any(text.endswith(thing) for thing in things)]
             assert (question.category, question.split) == (asked.kind, split)
-            assert question.parent_category == size_name(
-                scene.instances[asked.about].box, *reversed(scene.image.shape[:2])
-            )
+            assert question.l2_category == size_name(scene.instances[asked.about].box, *reversed(scene.image.shape[:2]))
             assert question.boxes[0].labels == tuple(instance.category for instance in scene.instances)
             turns.setdefault(int(question.question_id) % MAIN_ROWS, []).append((question.question_id, question))
         for index, rows in turns.items():

@@ -45,7 +45,7 @@ class QuestionRecord(NamedTuple):
     options: tuple[tuple[str, str], ...] = ()
     answers: tuple[str, ...] = ()
     category: str = ""
-    parent_category: str = ""
+    l2_category: str = ""
     split: str = ""
     boxes: tuple[Any, ...] = ()
     place: int = -1
@@ -218,7 +218,7 @@ class _TableBenchmark(Benchmark):
             options=options,
             answers=answers,
             category=row.cells.get("category", ""),
-            parent_category=row.cells.get("l2-category", ""),
+            l2_category=row.cells.get("l2-category", ""),
             split=row.cells.get("split", ""),
             boxes=() if known is None else _boxes_of_row(known, index),
         )
@@ -290,6 +290,16 @@ def _boxes_of_row(known: BoxIndex, index: int) -> tuple[Any, ...]:
     return _boxes(found, "boxes")
 
 
+def _boxes_of_line(known: BoxIndex, question_id: str, image: str) -> tuple[Any, ...]:
+    try:
+        return _boxes(known.of(question_id, image), "boxes")
+    except BadRecord as error:
+        try:
+            return _boxes(known.of(Path(image).stem, image), "boxes")
+        except BadRecord:
+            raise error from None
+
+
 def _boxes(found: tuple[str, tuple[Any, ...]], wanted: str) -> tuple[Any, ...]:
     if found[0] != wanted:
         raise BadRecord(f"its box record is not of {'a video' if wanted == 'frames' else 'an image'}", found[0])
@@ -308,7 +318,7 @@ class QuestionLines(Benchmark):
         annotations: TextVQA's `{"data": [{"image_id", "question", "answers"}]}`, joined by image and question as
             LLaVA does, or VQA's `{"annotations": [{"question_id", "answers": [{"answer"}]}]}`, joined by id; None
             where there are none.
-        boxes: box files; records are found by question id.
+        boxes: box files; records are found by question id, or by the image's name without its ending.
         skip_bad: count broken lines in `skipped` instead of raising.
 
     Raises:
@@ -351,7 +361,7 @@ class QuestionLines(Benchmark):
                     image=image,
                     answers=() if answers is None else answers.of(record["question_id"], text),
                     category=record.get("category") if isinstance(record.get("category"), str) else "",
-                    boxes=() if known is None else _boxes(known.of(key, image), "boxes"),
+                    boxes=() if known is None else _boxes_of_line(known, key, image),
                 )
             except BadRecord as error:
                 log.bad(self.path, name, error)

@@ -221,9 +221,10 @@ def _box_records(path: Path) -> Iterator[Any]:
         yield {"id": key, **record} if isinstance(record, dict) else record
 
 
-def _box_record(record: Any, by_stem: bool) -> tuple[str, str | None, tuple[str, tuple[Any, ...]]]:
+def _box_record(record: Any, by_stem: bool = False) -> tuple[str, str | None, tuple[str, tuple[Any, ...]]]:
     if by_stem:
-        sample_id, picture = PurePosixPath(get_text(record, "video")).stem, None
+        named = isinstance(record, dict) and "video" in record
+        sample_id, picture = PurePosixPath(get_text(record, "video") if named else record_id(record)).stem, None
     else:
         sample_id, picture = record_id(record), relative_path(record, "image") or relative_path(record, "video")
     if "frames" in record:
@@ -257,8 +258,8 @@ class BoxIndex:
     id, or by id and picture where the record names it.
 
     Args:
-        by_stem: index records of videos by the file's name without its ending, as evaluations do (spec 3.1); such
-            records need no id.
+        by_stem: index records of videos by the file's name without its ending, as evaluations do (spec 3.1): that of
+            "video" or, without it, the id.
 
     Raises:
         InputError: a file is missing or damaged, or a record is broken and `log.skip_bad` is off.

@@ -131,7 +131,7 @@ class BenchmarkQuestion:
         image, video: the file that is looked at; both None where the picture is in the benchmark's own table.
         options: of a multiple-choice question, (letter, text) in their order.
         answers: what is right, a letter for a multiple-choice question; () where the file does not say.
-        category, parent_category: groups that figures are given for; "" where the file has none.
+        category, l2_category: groups that figures are given for; "" where the file has none.
         boxes: of the image, or of each frame of the video; () where no box file is read.
     """
 
@@ -146,6 +146,6 @@ class BenchmarkQuestion:
     options: tuple[tuple[str, str], ...] = ()
     answers: tuple[str, ...] = ()
     category: str = ""
-    parent_category: str = ""
+    l2_category: str = ""
     split: str = ""
     boxes: tuple[BoxSet, ...] = ()

@@ -130,7 +130,7 @@ def test_mmbench_by_hand(mmbench: dict[str, Any], checkpoint: Path, tmp_path: Pa
         "without_letter": 1,
         "options_beyond_d": 1,
         "per_category": {"animals": 50.0, "logic": 50.0},
-        "per_parent_category": {"dead": 50.0, "living": 50.0},
+        "per_l2_category": {"dead": 50.0, "living": 50.0},
     }
     assert {key: report[key] for key in expected} == expected
     table = (tmp_path / "out/results.md").read_text().splitlines()

@@ -499,7 +499,7 @@ def _call(
 class Group:
     """Figures, 0 to 1, of all questions or of a category of them."""
 
-    kind: Literal["all", "category", "parent_category"]
+    kind: Literal["all", "category", "l2_category"]
     name: str
     questions: int
     figures: dict[str, float]
@@ -519,7 +519,7 @@ def _groups(protocol: _Protocol, questions: Sequence[BenchmarkQuestion], texts: 
         for figure, score in protocol.scores.items()
     }
     groups: list[Group] = []
-    for kind in ("all", "category", "parent_category"):
+    for kind in ("all", "category", "l2_category"):
         names = ["all" if kind == "all" else getattr(question, kind) for question in questions]
         counts = Counter("all" if kind == "all" else getattr(one, kind) for one in _mains(protocol, questions))
         if kind != "all" and len(counts) < 2:
@@ -567,7 +567,7 @@ def _figures(
         whole = {"accuracy": whole[settings.letters]} | {f"accuracy_{rule}": whole[rule] for rule in RULES}
     main = settings.letters if protocol.reads == "choice" else next(iter(protocol.scores))
     figures |= whole
-    for kind in ("category", "parent_category"):
+    for kind in ("category", "l2_category"):
         own = {group.name: 100 * group.figures[main] for group in groups if group.kind == kind}
         if own:
             figures[f"per_{kind}"] = own
@@ -590,7 +590,7 @@ def results_table(settings: ProtocolSettings, groups: Sequence[Group]) -> str:
 
 def _words(group: Group) -> str:
     name = " ".join(group.name.split()).replace("|", "/") or "(none)"
-    return name if group.kind == "all" else f"{group.kind.replace('_', ' ')}: {name}"
+    return name if group.kind == "all" else f"{group.kind.replace('_', '-')}: {name}"
 
 
 # -------------------------------------------------------------------- files
@@ -650,7 +650,7 @@ def _write_submission(path: Path, questions: Sequence[BenchmarkQuestion], texts:
             *(dict(question.options).get(letter) for letter in letters),
             text,
             question.category,
-            question.parent_category,
+            question.l2_category,
             question.split,
             next(iter(question.answers), None),
         ]
