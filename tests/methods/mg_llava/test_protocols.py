@@ -178,7 +178,7 @@ def test_a_test_split_is_written_and_not_scored(mmbench: dict[str, Any], checkpo
     assert not (tmp_path / "out/results.md").exists()
     assert "scores" not in read_lines(tmp_path / "out")[0]
     with pytest.raises(InputError, match="does not say what is right, and no server does"):
-        run(Answerer(choose), tmp_path / "out", checkpoint, **mmbench | {"name": "ai2d"})
+        run(Answerer(choose), tmp_path / "out", checkpoint, **{**mmbench, "name": "ai2d"})
 
 
 def test_a_quick_look_takes_whole_questions(mmbench: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
@@ -415,7 +415,8 @@ def test_ten_recipes_that_only_evaluate(tmp_path: Path, folder: Path) -> None:
     )
     unlimited = set()
     for path in RECIPES:
-        settings: Any = load_recipe(path).evaluation
+        recipe: Any = load_recipe(path)
+        settings = recipe.evaluation
         assert settings.protocol.name == path.stem
         unlimited |= {path.stem} if settings.protocol.box_limit is None else set()
         with pytest.raises(RecipeError, match="evaluates by a published protocol and has nothing to train"):

@@ -351,7 +351,7 @@ def _asking(predictor: Any, batch_size: int, max_new_tokens: int, model: Path) -
 
 
 def _limit_boxes(stack: ExitStack, predictor: Any, limit: int | None) -> None:
-    config = getattr(getattr(predictor, "model", None), "config", None)
+    config: Any = getattr(getattr(predictor, "model", None), "config", None)
     if hasattr(config, "box_limit"):
         stack.callback(setattr, config, "box_limit", config.box_limit)
         config.box_limit = limit or NO_LIMIT
