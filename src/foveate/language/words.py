@@ -43,6 +43,22 @@ def check_words(words: Any, what: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+def read_vocabulary(text: str) -> tuple[str, ...]:
+    """Words by commas, the lines of a text file, or "coco" for COCO's 80.
+
+    Raises:
+        InputError: there is no word, or the file cannot be read.
+    """
+    if text == "coco":
+        return COCO_CLASSES
+    if text.endswith(".txt"):
+        return read_lines(text, "word")
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not words:
+        raise InputError("the vocabulary has no word; give words by commas, a .txt file with a word a line, or coco.")
+    return words
+
+
 def read_lines(path: str | os.PathLike[str], what: str) -> tuple[str, ...]:
     """The lines of a word list such as `ram_tag_list.txt`, stripped.
 

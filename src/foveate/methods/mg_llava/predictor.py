@@ -61,6 +61,7 @@ class Answer:
         tokens: number of tokens generated.
         boxes: of each picture (of each frame of a video) the boxes that the model saw, xyxy in pixels of the picture as
             it was given; empty where there were none.
+        labels: of each of these boxes the word that came with it; "" for boxes that a person drew.
         gate: tanh of the fusion's gate for each picture, how much of the high resolution is let in; () without a gate.
         milliseconds: where the time went: "boxes", "pictures", "towers", "answer".
     """
@@ -69,6 +70,7 @@ class Answer:
     finish: str
     tokens: int
     boxes: tuple[tuple[Box, ...], ...] = ()
+    labels: tuple[tuple[str, ...], ...] = ()
     gate: tuple[float, ...] = field(default=(), compare=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
 
@@ -83,12 +85,13 @@ class Seen:
     Attributes:
         tokens: image and object tokens of its pictures.
         kind: `<image>` or `<video>`.
-        boxes, milliseconds: as in `Answer`.
+        boxes, labels, milliseconds: as in `Answer`.
     """
 
     tokens: VisualTokens
     kind: str
     boxes: tuple[tuple[Box, ...], ...]
+    labels: tuple[tuple[str, ...], ...]
     milliseconds: dict[str, float]
 
     @property
@@ -101,6 +104,7 @@ class _Prepared:
     pictures: list[Picture]
     kind: str
     boxes: tuple[tuple[Box, ...], ...]
+    labels: tuple[tuple[str, ...], ...]
     milliseconds: dict[str, float]
 
 
@@ -262,7 +266,7 @@ class MGLlavaPredictor:
                 continue
             own = tokens.take(range(first, first + len(one.pictures)))
             first += len(one.pictures)
-            seen.append(Seen(own, one.kind, one.boxes, {**one.milliseconds, "towers": took}))
+            seen.append(Seen(own, one.kind, one.boxes, one.labels, {**one.milliseconds, "towers": took}))
         return seen
 
     # ---------------------------------------------------------------- inside
@@ -291,12 +295,13 @@ class MGLlavaPredictor:
             proposing = self._milliseconds(found)
         processor = self.processor
         pictures = processor.video(images, records) if video else [processor.picture(images[0], records[0])]
-        used = tuple(
-            tuple(map(tuple, BoxRecord.parse(own, size=image.size).boxes[list(picture.box_sources)].tolist()))
-            for own, image, picture in zip(records, images, pictures, strict=True)
-        )
+        parsed = [BoxRecord.parse(own, size=image.size) for own, image in zip(records, images, strict=True)]
+        shown = [(own, list(picture.box_sources)) for own, picture in zip(parsed, pictures, strict=True)]
+        used = tuple(tuple(map(tuple, own.boxes[rows].tolist())) for own, rows in shown)
+        # Boxes without words were numbered when they were parsed.
+        labels = tuple(tuple(own.labels[k] if own.labels[k] != f"#{k}" else "" for k in rows) for own, rows in shown)
         times = {"boxes": proposing, "pictures": self._milliseconds(started) - proposing}
-        return _Prepared(pictures, VIDEO if video else IMAGE, used, times)
+        return _Prepared(pictures, VIDEO if video else IMAGE, used, labels, times)
 
     def _propose(self, image: Image.Image) -> Any:
         assert self.proposer is not None
@@ -494,7 +499,7 @@ def _answer(text: TextStream, seen: Seen | None, milliseconds: float) -> Answer:
     if seen is None:
         return replace(answer, milliseconds={"answer": milliseconds})
     times = {**seen.milliseconds, "answer": milliseconds}
-    return replace(answer, boxes=seen.boxes, gate=seen.gate, milliseconds=times)
+    return replace(answer, boxes=seen.boxes, labels=seen.labels, gate=seen.gate, milliseconds=times)
 
 
 def _load_proposer(proposer: str | Path | BoxSource | None) -> BoxSource | None:
