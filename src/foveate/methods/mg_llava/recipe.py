@@ -36,7 +36,8 @@ from foveate.vision.video import load_video
 from .adapters import Adapters, LoraSettings, check_quantisation, quantisation
 from .configuration import MGLlavaConfig, find_mg_llava
 from .conversion import convert_state_dict, trunk_config
-from .modeling import MGLlavaModel
+from .feature_cache import Entry, FeatureCache
+from .modeling import MGLlavaModel, TowerFeatures
 from .predictor import MGLlavaPredictor
 from .processing import MGLlavaProcessor, Picture, stack_pictures
 
@@ -70,6 +71,9 @@ class TrainingData(ConversationData):
     )
     shuffle_turns: bool = Field(
         False, description="draw the order of a conversation's questions anew, where none refers to another"
+    )
+    cache_features: RecipePath | None = Field(
+        None, description="folder that keeps what the frozen towers see of each picture, computed once for all runs"
     )
 
 
@@ -221,9 +225,33 @@ class ConversationDataset(SeededDataset):
     ) -> None:
         self.samples, self.index, self.processor, self.data = samples, list(index), processor, data
         self.replaced: Counter[str] = Counter()
+        self.cache: FeatureCache | None = None
+        self._entries: dict[int, int] = {}  # of each place of `samples`, its number in the cache
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def keep_features(self, folder: Path, model: MGLlavaModel) -> None:
+        """Have the towers see every picture now, as far as `folder` does not know it; samples then have features in
+        the place of pictures.
+
+        Raises:
+            InputError, RecipeError: as `FeatureCache`.
+        """
+        entries: dict[Any, int] = {}
+        listed: list[Entry] = []
+        for place in self.index:
+            sample = self.samples[place]
+            path = sample.video or sample.image
+            if path is None:
+                continue
+            records = tuple(box_record(boxes) for boxes in sample.boxes)
+            key = (path, json.dumps(records))
+            if key not in entries:
+                entries[key] = len(listed)
+                listed.append(Entry(path, sample.video is not None, records))
+            self._entries[place] = entries[key]
+        self.cache = FeatureCache(folder, listed, model, self.processor)
 
     def lengths(self) -> SampleLengths:
         """Words of each conversation; kinds: 0 text only, 1 an image, 2 a video. Visual tokens are as many for each."""
@@ -237,11 +265,16 @@ class ConversationDataset(SeededDataset):
     def sample(self, index: int, random: SampleRandom) -> dict[str, Any]:
         reason = ""
         for bad in range(MOST_BAD_IN_A_ROW):
-            sample = self.samples[self.index[(index + bad) % len(self)]]
+            place = self.index[(index + bad) % len(self)]
+            sample = self.samples[place]
             try:
                 ids, labels = self.processor.encode(self.messages(sample, random))
                 if any(label != IGNORED for label in labels):
-                    return {"input_ids": ids, "labels": labels, "pictures": self._pictures(sample, len(ids))}
+                    learnt = {"input_ids": ids, "labels": labels}
+                    if self.cache is None:
+                        return learnt | {"pictures": self._pictures(sample, len(ids))}
+                    entry = self._entries.get(place)
+                    return learnt | {"features": None if entry is None else self.cache.read(entry, len(ids))}
                 reason = f"the sample {sample.sample_id} has no answer among its first {len(ids)} tokens"
                 kind = "no answer left"
             except InputError as error:
@@ -289,8 +322,13 @@ class Collate:
         self.processor = processor
         self.always_sees = split_by() is not None
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.processor.collate(samples)
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.processor.collate(samples)
+        seen = [features for sample in samples if (features := sample.get("features")) is not None]
+        if seen:
+            batch["tower_features"] = TowerFeatures.join(seen).tensors()
+            batch["visual_counts"] = torch.tensor([len(features.low) for features in seen])
+            return batch
         if self.always_sees and "pixel_values" not in batch:
             config = self.processor.config
             low, high = (torch.zeros(3, side, side) for side in (config.low_res_size, config.high_res_size))
@@ -486,6 +524,8 @@ def build(recipe: MGLlavaRecipe) -> TrainingTask:
         adapters = Adapters(model, recipe.model.lora)
     samples, index = open_samples(recipe.data, recipe.seed)
     dataset = ConversationDataset(samples, _present(samples, index, recipe.data.skip_bad), processor, recipe.data)
+    if recipe.data.cache_features is not None:
+        dataset.keep_features(recipe.data.cache_features, model)
 
     def save(folder: Path) -> None:
         trained: MGLlavaModel = model
