@@ -17,12 +17,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from foveate.checkpoints import WEIGHTS, find_checkpoint
+from foveate.checkpoints import WEIGHTS, find_checkpoint, suggestion
 from foveate.data.samples import BoxSet
 from foveate.errors import InputError
 from foveate.files import atomic_write
+from foveate.methods import find_device
 from foveate.vision.detectors import THRESHOLD, Detector, load_detector
 from foveate.vision.images import ImageSource, load_image
 from foveate.vision.taggers import Tagger, load_tagger
@@ -274,7 +276,7 @@ def load_box_pipeline(
     threshold: float = THRESHOLD,
     pad_value: int | None = None,
     legacy_empty_query: bool = False,
-    device: str | Any | None = None,
+    device: str | torch.device | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> BoxPipeline:
     """The pipeline of a tagger and a detector by their names.
@@ -283,20 +285,21 @@ def load_box_pipeline(
         detector, labels, threshold, pad_value, legacy_empty_query: as `load_detector` takes them.
         tagger, vocabulary: as `load_tagger` takes them. A CLIP without a vocabulary chooses from what the detector
             looks for by itself.
-        device: for all models; CPU by default.
+        device: for all models; by default a GPU if there is one.
         cache: as `BoxPipeline` takes it.
 
     Raises:
         InputError: there is no such model, it is of another kind, or an option does not suit it.
         CheckpointError: a model is damaged or incomplete.
     """
+    where = find_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     finds = load_detector(
         detector,
         labels=labels,
         threshold=threshold,
         pad_value=pad_value,
         legacy_empty_query=legacy_empty_query,
-        device=device,
+        device=where,
     )
     shipped = [str(name) for name in (detector, tagger) if name is not None and find_checkpoint(name).parent == WEIGHTS]
     if shipped:
@@ -305,5 +308,10 @@ def load_box_pipeline(
             "for those, give an OWLv2 as detector and RAM++, or another CLIP, as tagger",
             stacklevel=2,
         )
-    names = load_tagger(tagger, vocabulary=vocabulary, default_vocabulary=finds.names or (), device=device)
+    if vocabulary is not None and finds.names is not None and not set(vocabulary) & set(finds.names):
+        raise InputError(
+            f"{detector} knows none of the words {', '.join(vocabulary)}"
+            f"{suggestion(vocabulary[0], finds.names)}; it finds {', '.join(finds.names[:8])}, ... only."
+        )
+    names = load_tagger(tagger, vocabulary=vocabulary, default_vocabulary=finds.names or (), device=where)
     return BoxPipeline(finds, names, cache=cache)

@@ -30,7 +30,7 @@ class Detector(Protocol):
 
     @property
     def names(self) -> Sequence[str] | None:
-        """What it looks for where nobody says; None where that has to be said."""
+        """All that it can find; None where it finds whatever is said."""
         ...
 
     def __call__(self, images: Sequence[Image.Image], tags: Sequence[Sequence[str]]) -> list[BoxSet]:
@@ -42,8 +42,9 @@ class ProposalDetector:
     """Proposed boxes, each with the tag that fits best what is in it. A box's score is that of the proposal times the
     probability of its tag, and has to exceed the threshold.
 
-    The probability is among everything that is known: the tags of the picture and the proposer's own classes. So a
-    thing that none of the tags names does not become the tag that is least wrong.
+    A proposer with classes finds these only: other tags ("red", "left") are passed over, and the probability of a tag
+    is among all classes, so that a thing that no tag names does not become the tag that is least wrong. Without classes
+    it is among the picture's tags.
 
     Args:
         propose: gives for pictures their boxes (R, 4), scores (R,) and, where it has classes, the probabilities (R, K)
@@ -98,7 +99,7 @@ class ProposalDetector:
         scores: np.ndarray,
         class_scores: np.ndarray | None,
     ) -> BoxSet:
-        known = list(dict.fromkeys([*tags, *self.classes])) if self.zero_shot is not None else list(self.classes)
+        known = list(self.classes or dict.fromkeys(tags))
         wanted = [known.index(tag) for tag in dict.fromkeys(tags) if tag in known]
         if not wanted or not len(boxes):
             return BoxSet((), (), ())

@@ -135,3 +135,21 @@ def fit_text(text: str, font: Any, width: int) -> str:
 
 def more_regions(count: int) -> str:
     return f"and {count} more region{'s' * (count != 1)}"
+
+
+def tile(pictures: Sequence[Image.Image], columns: int = 4) -> Image.Image:
+    """Pictures side by side, row after row, reduced where they would be more than 16,383 pixels wide or high."""
+    gap = 8
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    heights = [max(picture.height for picture in row) for row in rows]
+    width = max(sum(picture.width + gap for picture in row) for row in rows) + gap
+    out = Image.new("RGB", (width, sum(height + gap for height in heights) + gap), "white")
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        left = gap
+        for picture in row:
+            out.paste(picture, (left, top))
+            left += picture.width + gap
+        top += height + gap
+    out.thumbnail((MAX_SIDE, MAX_SIDE))
+    return out
