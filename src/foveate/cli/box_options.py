@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.outputs import save_picture
+from foveate.cli.outputs import parse_box, save_picture
+from foveate.errors import InputError
 
 if TYPE_CHECKING:
     from foveate.vision.box_pipeline import BoxPipeline
@@ -49,7 +52,6 @@ def open_pipeline(
     **options: Any,
 ) -> BoxPipeline:
     """The pipeline that the options ask for."""
-    from foveate.errors import InputError
     from foveate.files import cache_folder
     from foveate.language.words import read_vocabulary
     from foveate.vision.box_pipeline import load_box_pipeline
@@ -63,6 +65,72 @@ def open_pipeline(
         cache=None if no_cache else cache or cache_folder("boxes"),
         **options,
     )
+
+
+@dataclass(frozen=True)
+class BoxChoice:
+    """Where the boxes of pictures come from.
+
+    Attributes:
+        file: of boxes.
+        detector: what finds them.
+        drawn: xyxy boxes of every picture.
+    """
+
+    file: Path | None = None
+    detector: str | None = None
+    drawn: tuple[Sequence[float], ...] = ()
+
+    @classmethod
+    def of(cls, model: str, boxes: str | None, drawn: Sequence[Sequence[float]]) -> BoxChoice:
+        """What --boxes and --box of `ask` say; where they do not, a shipped model has its proposer."""
+        from foveate.checkpoints import shipped_models
+
+        if drawn or boxes == "none":
+            return cls(drawn=tuple(drawn))
+        if boxes is None and model in shipped_models():
+            return cls(detector="proposer-world")
+        if boxes is None:
+            print(
+                "note: no boxes, so no object is looked at by itself; --boxes FILE.json, or what finds them.",
+                file=sys.stderr,
+            )
+            return cls()
+        return cls(file=Path(boxes)) if boxes.lower().endswith(".json") else cls(detector=boxes)
+
+    def records(self, pictures: Sequence[Path]) -> list[Any]:
+        """The boxes of each picture as a predictor takes them: None where it has to find them."""
+        if self.file is not None:
+            return _records(self.file, pictures)
+        return [None if self.detector is not None else list(self.drawn)] * len(pictures)
+
+    def said(self, text: str, picture: Path) -> Any:
+        """The boxes that the command /boxes names."""
+        if text == "none":
+            return []
+        if text == "found":
+            if self.detector is None:
+                raise InputError("nothing that finds boxes is loaded; start with --boxes and its name.")
+            return None
+        if text.lower().endswith(".json"):
+            return _records(Path(text).expanduser(), [picture])[0]
+        return [parse_box(part) for part in text.split()]
+
+    def proposer(self, **options: Any) -> BoxPipeline | None:
+        """What finds the boxes, with the options of `open_pipeline`."""
+        if self.detector is not None:
+            return open_pipeline(self.detector, **options)
+        for name in ("tagger", "vocabulary", "labels"):
+            if options.get(name) is not None:
+                raise InputError(f"--{name} belongs to what finds boxes; give that by --boxes, or leave --{name} out.")
+        return None
+
+
+def _records(file: Path, pictures: Sequence[Path]) -> list[Any]:
+    from foveate.vision.box_file import BoxFile
+
+    entries = BoxFile(file).entries(pictures)
+    return [entry["frames"] if isinstance(entry, dict) and "frames" in entry else entry for entry in entries]
 
 
 def draw_found(

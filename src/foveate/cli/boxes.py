@@ -134,9 +134,7 @@ def boxes(
     _summary(tally, milliseconds)
     for path in written:
         if path not in not_drawn:
-            print(
-                f"written: {path}", file=sys.stderr if out is not None and str(out).startswith("/dev/") else sys.stdout
-            )
+            print(f"written: {path}", file=sys.stdout if out is None else sys.stderr)
 
 
 def _line(path: Path, found: FoundBoxes) -> str:

@@ -77,6 +77,20 @@ class Answer:
     def __str__(self) -> str:
         return self.text
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Boxes and labels are those of the image, or a list a frame of a video."""
+        listed = [list(map(list, own)) for own in self.boxes], [list(own) for own in self.labels]
+        boxes, labels = (own[0] if len(own) == 1 else own for own in listed)
+        return {
+            "answer": self.text,
+            "finish": self.finish,
+            "tokens": self.tokens,
+            "boxes": boxes,
+            "labels": labels,
+            "gate": [round(value, 4) for value in self.gate],
+            "milliseconds": {stage: round(value, 1) for stage, value in self.milliseconds.items()},
+        }
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -186,7 +200,7 @@ class MGLlavaPredictor:
             questions: one, or a list: of one picture, or one for each picture of a list. `<image>` may stand in them;
                 otherwise the picture comes first.
             boxes: of each picture: None for those of the proposer, [] for none, (K, 4) xyxy pixels, or a record of a
-                box file; of a video a list with an entry a frame.
+                box file; of a video a list with an entry a frame, or [] for none.
             batch_size: questions that run together.
             progress: called with (questions done, questions in all).
             generation: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stops.
@@ -234,11 +248,12 @@ class MGLlavaPredictor:
         """A conversation about a picture or a video, which is encoded once.
 
         Args:
-            image, boxes: as `ask` takes one of them.
+            image, boxes: as `ask` takes one of them; or what `see` gave, which is not encoded again.
             generation: defaults of every answer.
         """
         self._sampling(generation)
-        return Conversation(self, self.see(image, boxes), generation)
+        seen = image if isinstance(image, Seen) else self.see(image, boxes)
+        return Conversation(self, seen, generation)
 
     def see(self, source: Any, boxes: Any = None) -> Seen | None:
         """A picture or video as the language model takes it; None of None.
@@ -282,6 +297,8 @@ class MGLlavaPredictor:
         images = [load_image(frame) for frame in frames]
         records = [boxes]
         if video:
+            if isinstance(boxes, list | tuple) and not boxes:
+                boxes = [[]] * len(images)
             if boxes is not None and (isinstance(boxes, dict) or len(boxes) != len(images)):
                 raise InputError(
                     f"a video needs boxes for each of the {len(images)} frames that are seen: a list with an entry a "
