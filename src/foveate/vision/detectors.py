@@ -182,9 +182,7 @@ def load_detector(
         from foveate.vision.sam import SamProposer
 
         if labels is None:
-            raise InputError(
-                f"{os.fspath(name)} is a SAM, which has no names for things; give a CLIP that labels them."
-            )
+            raise InputError(f"{os.fspath(name)} is a SAM, which names nothing; give a CLIP that labels its boxes.")
         sam = SamProposer.from_pretrained(folder, device=device)
         return ProposalDetector(
             lambda images: [(*sam(image)[:2], None) for image in images],
