@@ -42,7 +42,7 @@ def by_transformers(folder: Path, picture: Image.Image, queries: list[str], pad:
     )
     square = picture
     if pad is not None:
-        square = Image.new("RGB", (max(picture.size),) * 2, (pad, pad, pad))
+        square = Image.new("RGB", (max(picture.size), max(picture.size)), (pad, pad, pad))
         square.paste(picture, (0, 0))
     inputs = processor(text=[queries], images=square, return_tensors="pt", max_length=24)
     model = Owlv2ForObjectDetection.from_pretrained(folder).eval()
@@ -188,12 +188,13 @@ def test_a_sam_whose_boxes_a_clip_names(sam_folder: Path) -> None:
 
 
 def test_bad_detectors(sam_folder: Path, owlv2_folder: Path) -> None:
-    for name, options, sentence in (
+    cases: tuple[tuple[Any, dict[str, Any], str], ...] = (
         (sam_folder, {}, "is a SAM, which names nothing; give a CLIP"),
         (owlv2_folder, {"labels": "clip-world"}, "labels its boxes itself"),
         ("proposer-world", {"pad_value": 3}, "are of OWLv2, and proposer-world is a 'foveate_proposer'"),
         ("clip-world", {}, "is a 'clip' model, which finds no boxes of tags"),
         ("proposer-word", {}, "did you mean 'proposer-world'"),
-    ):
+    )
+    for name, options, sentence in cases:
         with pytest.raises(InputError, match=sentence):
             load_detector(name, **options)

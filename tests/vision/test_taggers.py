@@ -175,12 +175,17 @@ def test_clip_gives_what_transformers_gives(clip: ZeroShot, pictures: list[Image
         clip(pictures, ["very " * 60])
 
 
+def _cut(pixels: np.ndarray, box: Any) -> Image.Image:
+    left, top, right, bottom = map(int, box)
+    return Image.fromarray(pixels[top:bottom, left:right])
+
+
 def test_clip_chooses_from_a_vocabulary(clip: ZeroShot) -> None:
     scenes = [render_scene(seed, size=128) for seed in range(9_000_000, 9_000_006)]
     crops, truth = [], []
     for scene in scenes:
         for thing in scene.instances[:2]:
-            crops.append(Image.fromarray(scene.image).crop(tuple(int(side) for side in thing.box)))
+            crops.append(_cut(scene.image, thing.box))
             truth.append(thing.category)
     vocabulary = sorted({*truth, "car", "dog", "tree", "sign", "chair"})
     tagger = ClipTagger(clip, vocabulary, top_k=1)

@@ -232,8 +232,8 @@ class BoxPipeline:
                 results.append(tuple(islice(left, len(own))))
                 continue
             results.append(tuple(PictureBoxes(one, source="import") for one in boxes))
-            for picture, one in zip(own, results[-1], strict=True) if self.cache is not None else ():
-                self.cache.put(picture, one)
+            for picture, one in zip(own, results[-1], strict=True):
+                self._keep(picture, one)
         return results
 
     def _find(self, images: Sequence[Image.Image]) -> list[PictureBoxes]:
@@ -252,10 +252,14 @@ class BoxPipeline:
             share = 1000 / len(pictures)
             times = {"tagger": share * (tagged - started), "detector": share * (ended - tagged)}
             for k, named, own in zip(new, tags, boxes, strict=True):
-                found[k] = PictureBoxes(own, named if self.tagger is not None else {}, milliseconds=times)
-                if self.cache is not None:
-                    self.cache.put(images[k], found[k])
+                one = PictureBoxes(own, named if self.tagger is not None else {}, milliseconds=times)
+                found[k] = one
+                self._keep(images[k], one)
         return [own for own in found if own is not None]
+
+    def _keep(self, image: Image.Image, found: PictureBoxes) -> None:
+        if self.cache is not None:
+            self.cache.put(image, found)
 
 
 def box_lists(boxes: BoxSet) -> dict[str, Any]:

@@ -127,7 +127,8 @@ class Owlv2Detector:
             InputError: a tag is longer than the model reads, or there are more than 5,000.
             CheckpointError: the model gives non-finite numbers.
         """
-        asked = [tuple(own) or (("",) if self.legacy_empty_query else ()) for own in tags]
+        none: list[str] = [""] if self.legacy_empty_query else []
+        asked = [list(own) or none for own in tags]
         queries = [self.encode(own) if own else None for own in asked]
         wanted = [k for k, own in enumerate(queries) if own is not None]
         found = [BoxSet((), (), ())] * len(asked)
@@ -183,7 +184,8 @@ class Owlv2Detector:
     def _square(self, image: Image.Image) -> Image.Image:
         if self.pad_value is None or image.width == image.height:
             return image
-        square = Image.new("RGB", (max(image.size),) * 2, (self.pad_value,) * 3)
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), (self.pad_value, self.pad_value, self.pad_value))
         square.paste(image, (0, 0))
         return square
 
