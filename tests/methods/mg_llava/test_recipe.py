@@ -590,7 +590,14 @@ def test_lora_defaults_are_those_of_the_video_variant() -> None:
         "dropout": 0.05,
         "quantise": None,
     }
-    assert MGLlavaRecipe.model_fields["stage"].is_required()
+
+
+def test_what_trains_says_its_stage(recipe: Path, tmp_path: Path) -> None:
+    content = json.loads(recipe.read_text())
+    del content["stage"]
+    (tmp_path / "r.yaml").write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match="the key 'stage' is missing; add it"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_the_published_recipes_have_the_published_settings() -> None:

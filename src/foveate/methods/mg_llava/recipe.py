@@ -25,8 +25,9 @@ from foveate.language.lm import check_tokenizer, load_config, load_tokenizer
 from foveate.language.official import read_safetensors
 from foveate.language.pretrained import first_line, load_complete
 from foveate.language.templates import IGNORED, PLACEHOLDERS
+from foveate.methods import load
 from foveate.metrics.vqa import normalise_answer
-from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection
+from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection, TrainingSettings
 from foveate.training.sampling import SampleLengths, SampleRandom, SeededDataset
 from foveate.training.trainer import TrainingTask, split_by
 from foveate.training.world_data import WorldScenes, ensure_rendered
@@ -40,6 +41,7 @@ from .feature_cache import Entry, FeatureCache
 from .modeling import MGLlavaModel, TowerFeatures
 from .predictor import MGLlavaPredictor
 from .processing import MGLlavaProcessor, Picture, stack_pictures
+from .protocols import ProtocolSettings, evaluate_protocol
 
 log = logging.getLogger(__name__)
 
@@ -126,26 +128,52 @@ class ModelSettings(RecipeSection):
         return self
 
 
+_LEFT_OUT: Any = None
+"""The default of sections that a recipe may leave out only if another one is there; a validator sees to it."""
+
+
 class EvaluationSettings(RecipeSection):
-    data: ConversationData
+    data: ConversationData = Field(_LEFT_OUT)
+    protocol: ProtocolSettings | None = Field(
+        None, description="a published protocol on its own data, in place of `data`"
+    )
     boxes: Literal["given", "none", "shuffled"] = Field(
         "given", description="controls: no boxes at all, or those of another picture"
     )
     batch_size: int = Field(16, gt=0, le=LARGEST)
     max_new_tokens: int = Field(32, gt=0, le=100_000)
 
+    @model_validator(mode="after")
+    def _one_of_two(self) -> EvaluationSettings:
+        if (self.data is None) == (self.protocol is None):
+            raise ValueError("give either data or protocol")
+        if self.protocol is not None and "boxes" in self.model_fields_set:
+            raise ValueError("boxes is for data; set protocol.boxes")
+        return self
+
 
 class MGLlavaRecipe(Recipe):
+    """A recipe of a published protocol may leave out `stage`, `data`, `model` and `training`, all four: it only
+    evaluates."""
+
     stage: Literal["pretrain", "sft"] = Field(
-        description="pretrain: fusion and projectors learn; sft: the language model too (spec 3.2)"
+        _LEFT_OUT, description="pretrain: fusion and projectors learn; sft: the language model too (spec 3.2)"
     )
-    data: TrainingData
-    model: ModelSettings
+    data: TrainingData = Field(_LEFT_OUT)
+    model: ModelSettings = Field(_LEFT_OUT)
+    training: TrainingSettings = Field(_LEFT_OUT)
     evaluation: EvaluationSettings
 
     @model_validator(mode="after")
+    def _can_train(self) -> MGLlavaRecipe:
+        missing = [name for name in ("stage", "data", "model", "training") if getattr(self, name) is None]
+        if missing and (self.evaluation.protocol is None or len(missing) < 4):
+            raise ValueError(f"the key {missing[0]!r} is missing; add it")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_in_the_second_stage(self) -> MGLlavaRecipe:
-        if self.stage == "pretrain" and self.model.lora is not None:
+        if self.model is not None and self.stage == "pretrain" and self.model.lora is not None:
             raise ValueError("model.lora adapts the language model, which the stage pretrain leaves alone; remove it")
         return self
 
@@ -515,7 +543,10 @@ def _continue_from(settings: ModelSettings, dtype: torch.dtype, quantised: bool)
 
 def build(recipe: MGLlavaRecipe) -> TrainingTask:
     """Data, model, collation and what is saved."""
-    check_root(recipe.evaluation.data, "evaluation.data")  # what is needed after hours of training
+    if recipe.data is None:
+        raise RecipeError("this recipe evaluates by a published protocol and has nothing to train; give another one")
+    if recipe.evaluation.protocol is None:
+        check_root(recipe.evaluation.data, "evaluation.data")  # what is needed after hours of training
     check_root(recipe.data, "data")
     parts = build_model(recipe.model, recipe.stage)
     model, processor = parts.model, parts.processor
@@ -594,13 +625,29 @@ def open_questions(data: ConversationData) -> list[AskedQuestion]:
     ]
 
 
-def evaluate(recipe: MGLlavaRecipe, model_path: Path) -> dict[str, Any]:
-    """Accuracy of greedy answers, by kind of question and size of what it is about.
+def evaluate(
+    recipe: MGLlavaRecipe, model_path: Path, *, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Accuracy of greedy answers, by kind of question and size of what it is about; or a published protocol (spec 5),
+    with any model that `foveate.load` gives an `ask`.
 
     An answer is right if it is the expected one after VQA's normalisation. OUTPUT/answers.jsonl has every answer,
     OUTPUT/accuracy.md the table.
+
+    Args:
+        progress: called with (questions done, questions in all).
     """
     settings = recipe.evaluation
+    if settings.protocol is not None:
+        return evaluate_protocol(
+            settings.protocol,
+            load(model_path, proposer=settings.protocol.proposer),
+            recipe.output,
+            model=model_path,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            progress=progress,
+        )
     predictor = MGLlavaPredictor.from_pretrained(model_path)
     questions = open_questions(settings.data)
     boxes = boxes_of(questions, settings.boxes)
@@ -611,6 +658,7 @@ def evaluate(recipe: MGLlavaRecipe, model_path: Path) -> dict[str, Any]:
         batch_size=settings.batch_size,
         temperature=0.0,
         max_new_tokens=settings.max_new_tokens,
+        progress=progress,
     )
     rows = [
         {
