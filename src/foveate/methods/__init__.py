@@ -139,7 +139,7 @@ def load(
             runs.
         CheckpointError: the checkpoint is truncated, corrupt or of another layout.
     """
-    where, precision = _device(device), find_dtype(dtype)
+    where, precision = find_device(device), find_dtype(dtype)
     folder = find_checkpoint(name)
     model_type = read_config(folder).get("model_type")
     for method in METHODS.values():
@@ -178,7 +178,12 @@ def register() -> None:
             AutoProcessor.register(method.config, method.processor, exist_ok=True)
 
 
-def _device(name: str | torch.device | None) -> torch.device | None:
+def find_device(name: str | torch.device | None) -> torch.device | None:
+    """The device of this name, if there is one here; None stays None.
+
+    Raises:
+        InputError: there is none.
+    """
     if name is None:
         return None
     import torch
