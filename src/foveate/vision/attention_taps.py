@@ -1,7 +1,7 @@
 """Attention taps: what the class token of a vision tower looks at, read off while the tower runs as it always does.
 
-A tap keeps what a layer's `q_proj` and `k_proj` give anyway: the class token's query and all keys. One softmax row a head
-follows from them, so that attention stays on SDPA or flash and no N x N map is ever made (HiRED spec 2.2).
+A tap keeps what a layer's `q_proj` and `k_proj` give anyway: the class token's query and all keys. One softmax row of
+each head follows from them, so that attention stays on SDPA or flash and no N x N map is ever made (HiRED spec 2.2).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class AttentionTap:
     def rows(self) -> Tensor:
         """(B, H, N) float32: how much the class token attends to each patch.
 
-        The softmax is over all 1 + N keys; the class token's own column is left out after it, so a row's sum is below 1.
+        The softmax is over all 1 + N keys; the class token's own column is left out after it, so a row adds up to less
+        than 1.
         """
         query = self.query.unflatten(-1, (self.num_heads, -1))
         keys = self.keys.unflatten(-1, (self.num_heads, -1))

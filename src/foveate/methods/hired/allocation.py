@@ -7,6 +7,7 @@ scores, A the class token's attention to the full picture in an early layer, sum
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def sub_image_scores(
         amounts[attention.topk(min(most, cells)).indices] = 1
     if allocation == "legacy_chunks":
         bounds = [number * cells // sub_images for number in range(sub_images + 1)]
-        return torch.stack([amounts[a:b].sum() for a, b in zip(bounds, bounds[1:], strict=False)])
+        return torch.stack([amounts[first:end].sum() for first, end in pairwise(bounds)])
     rows, columns = layout.grid
     if not geometry and side % rows == 0 and side % columns == 0:
         return amounts.view(rows, side // rows, columns, side // columns).sum(dim=(1, 3)).flatten()

@@ -39,7 +39,7 @@ class HiredConfig:
         rate_of: "candidates" counts padding into what the share is of, "unpadded" does not.
         newline: one of `NEWLINES`.
         positions: one of `POSITIONS`.
-        swapped_grid: rows and columns of sub-images swapped, the fault of transformers 4.42 that published numbers have.
+        swapped_grid: rows and columns of sub-images swapped, as in transformers 4.42, by a fault, in published numbers.
         unpad_rounding: one of `ROUNDINGS`.
         official_full: at a budget of 1, drop the newline tokens as the official script's "Full" row does; otherwise a
             budget of 1 leaves the model as it is.
@@ -79,8 +79,8 @@ class HiredConfig:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
         if self.exact_budget and self.newline == "rows":
             raise InputError(
-                "newline 'rows' and exact_budget cannot be combined: how many rows keep a token is known only after the "
-                "choice; use newline 'all' or 'none', or the preset 'paper'."
+                "newline 'rows' and exact_budget cannot be combined: how many rows keep a token is known only "
+                "after the choice; use newline 'all' or 'none', or the preset 'paper'."
             )
 
     @classmethod
@@ -128,8 +128,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "official_4_42": {**_AS_PUBLISHED, "allocation": "count", **_OLD_LAYOUT},
     "legacy_2024": {**_AS_PUBLISHED, "allocation": "legacy_chunks", **_OLD_LAYOUT},
 }
-"""Options by preset: "official" is the accepted code with the grid mended, "paper" has the paper's attention mass, "exact"
-adds what servers and `ask` want; the last two are the official code with the faults of its transformers (spec 2.6)."""
+"""Options by preset: "official" is the accepted code with the grid mended, "paper" has the paper's attention mass,
+"exact" adds what servers and `ask` want; the last two are the official code on transformers 4.42 (spec 2.6)."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "allocation": ALLOCATIONS,

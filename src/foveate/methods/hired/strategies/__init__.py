@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from foveate.checkpoints import suggestion
@@ -12,6 +13,7 @@ from foveate.errors import InputError
 from .base import PictureTokens, Selection, Strategy, TowerFacts
 from .hired import Hired, select_tokens
 from .plain import Random, Spatial
+from .prumerge import PruMerge
 
 __all__ = [
     "STRATEGIES",
@@ -27,6 +29,8 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "hired": Hired,
     "random": Random,
     "spatial": Spatial,
+    "prumerge": PruMerge,
+    "prumerge+": partial(PruMerge, plus=True),
 }
 
 

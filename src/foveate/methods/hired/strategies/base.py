@@ -73,8 +73,8 @@ class Selection:
     """What stays of one picture.
 
     Attributes:
-        keep: (P, N) bool: tokens that stay. They reach the language model as `Partitions.sequence` orders them; cells in
-            padding do not.
+        keep: (P, N) bool: tokens that stay. They reach the language model as `Partitions.sequence` orders them; those
+            in padding do not.
         features: (n, C) before the projector, in the order in which they reach the language model, of strategies that
             merge tokens; None where those of `keep` go as they are.
     """

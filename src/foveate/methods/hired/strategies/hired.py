@@ -88,8 +88,8 @@ class Hired(Strategy):
     def layers(self, tower: TowerFacts) -> tuple[int, ...]:
         if not tower.has_cls:
             raise InputError(
-                "HiRED reads the attention of the vision tower's class token, and this tower (SigLIP, for instance) has "
-                "none; use strategy 'random' or 'spatial', or a model with a CLIP tower."
+                "HiRED reads the attention of the vision tower's class token, and this tower (as SigLIP's) "
+                "has none; use strategy 'random' or 'spatial', or a model with a CLIP tower."
             )
         final = tower.feature_layer if self.config.final_layer is None else self.config.final_layer
         for name, layer in (("init_layer", self.config.init_layer), ("final_layer", final)):

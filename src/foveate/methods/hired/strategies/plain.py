@@ -37,9 +37,9 @@ class Spatial(Strategy):
     """Evenly spaced tokens.
 
     Args:
-        form: "even": exactly T of those that are not padding, evenly spaced in the order of the language model; "stride":
-            every (N // int(N * budget))-th of each partition's N - 1 first, as the official baseline, which may be more
-            than the budget, and less where some lie in padding.
+        form: "even": exactly T of those that are not padding, evenly spaced in the order of the language model;
+            "stride": every (N // int(N * budget))-th of each partition's N - 1 first, as the official baseline, which
+            may be more than the budget, and less where some lie in padding.
     """
 
     def __init__(self, budget: float, *, form: str = "even", **options: Any) -> None:
