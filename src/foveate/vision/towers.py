@@ -217,6 +217,11 @@ class VisionTower(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, in the order they run; the output of block i is `hidden_states[i + 1]`."""
+        return self._family.blocks(self.model)
+
     def train(self, mode: bool = True) -> VisionTower:
         """As `nn.Module.train`, except that a frozen tower stays in evaluation mode."""
         return super().train(mode and not self.frozen)
