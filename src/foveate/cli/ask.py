@@ -22,7 +22,7 @@ from foveate.cli.options import (
     one_line,
     progress_bar,
 )
-from foveate.cli.outputs import check_outputs, parse_box, picture_files
+from foveate.cli.outputs import check_outputs, draw_kept, parse_box, picture_files
 from foveate.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,6 +78,14 @@ def ask(
         Path | None,
         typer.Option("--picture", help="Picture with the boxes used, to write or replace; a folder for several."),
     ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", help="Share of a picture's tokens that is read, such as 0.2: HiRED chooses them."),
+    ] = None,
+    show_tokens: Annotated[
+        Path | None,
+        typer.Option("--show-tokens", help="Picture of the tokens kept, to write or replace; a folder for several."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Questions that run together.")] = 8,
     device: Device = None,
     dtype: DType = None,
@@ -94,13 +102,20 @@ def ask(
     for path in pictures:
         if not is_video(path):
             check_image_file(path)
-    if not questions and (as_json or picture is not None):
-        raise InputError("--json and --picture belong to questions; in a conversation, /boxes writes a picture.")
+    if not questions and (as_json or picture is not None or show_tokens is not None):
+        raise InputError(
+            "--json, --picture and --show-tokens belong to questions; in a conversation, /boxes and /keep draw."
+        )
+    if show_tokens is not None and keep is None:
+        raise InputError("--show-tokens shows what --keep keeps; say --keep 0.2, too.")
     if boxes is not None and box:
         raise InputError("--boxes and --box contradict each other; leave one out.")
     find_checkpoint(model)  # before anything else is loaded
     drawings = picture_files(picture, pictures, "boxes", "--picture")
-    written = [path for path in drawings if path is not None]
+    overlays = picture_files(show_tokens, pictures, "tokens", "--show-tokens")
+    if show_tokens is not None and any(is_video(path) for path in pictures):
+        raise InputError("--show-tokens draws on images; leave it out for a video, --json names the tokens.")
+    written = [path for path in (*drawings, *overlays) if path is not None]
     choice = BoxChoice.of(model, boxes, [parse_box(text) for text in box or []])
     check_outputs(written, [path for path in (*pictures, choice.file) if path is not None and not path.is_dir()])
     records = choice.records(pictures)
@@ -118,7 +133,7 @@ def ask(
         no_cache=no_cache,
         device=device,
     )
-    predictor = _load(load, model, proposer=proposer, device=device, dtype=dtype, quantize=quantize)
+    predictor = _load(load, model, proposer=proposer, device=device, dtype=dtype, quantize=quantize, keep_tokens=keep)
     if not questions:
         chat(predictor, pictures[0], records[0], choice, generation)
         return
@@ -139,6 +154,10 @@ def ask(
             frames = zip(of_picture[k].boxes, of_picture[k].labels, strict=True)
             draw_found(pictures[k], [(own, names, None) for own, names in frames], drawing)
             print(f"written: {drawing}", file=sys.stderr)
+    for k, overlay in enumerate(overlays):
+        if overlay is not None:
+            draw_kept(pictures[k], of_picture[k].kept, overlay)
+            print(f"written: {overlay}", file=sys.stderr)
 
 
 def _split(words: list[str], questions: list[str]) -> tuple[list[Path], list[str]]:
@@ -156,7 +175,7 @@ def _split(words: list[str], questions: list[str]) -> tuple[list[Path], list[str
 def _load(load: Any, model: str, **options: Any) -> Any:
     predictor = load(model, **options)
     if not hasattr(predictor, "conversation"):
-        raise InputError(f"{model} does not answer questions; give an MG-LLaVA.")
+        raise InputError(f"{model} does not answer questions; give an MG-LLaVA or a LLaVA.")
     return predictor
 
 

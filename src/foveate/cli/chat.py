@@ -13,7 +13,7 @@ from typing import Any
 
 from foveate.cli.box_options import BoxChoice, draw_found
 from foveate.cli.options import one_line
-from foveate.cli.outputs import free_name
+from foveate.cli.outputs import draw_kept, free_name
 from foveate.errors import FoveateError, InputError
 
 
@@ -46,6 +46,7 @@ class _Chat:
         self.choice = choice
         self.generation = generation
         self.picture = Path()
+        self.boxes: Any = None
         self.talk: Any = None
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "image": ("FILE", "talk about another image or video", self._image),
@@ -54,6 +55,7 @@ class _Chat:
                 "show the boxes and draw them, or look at others",
                 self._boxes,
             ),
+            "keep": ("[SHARE | all]", "read so much of a picture, 0.2 for a fifth; show what is kept", self._keep),
             "reset": ("", "forget what was said", self._reset),
             "help": ("", "this list", self._help),
             "quit": ("", "leave, as the end of the input does", self._help),
@@ -80,7 +82,7 @@ class _Chat:
     def look_at(self, picture: Path, boxes: Any) -> None:
         """Starts anew, with this picture. It is encoded here, once."""
         seen = self.predictor.see(picture, boxes)
-        self.picture = picture
+        self.picture, self.boxes = picture, boxes
         self.talk = self.predictor.conversation(seen, **self.generation)
         total = sum(map(len, seen.boxes))
         frames = f"{len(seen.boxes)} frames, " if len(seen.boxes) > 1 else ""
@@ -129,6 +131,36 @@ class _Chat:
         path = free_name(Path(f"{self.picture.stem}-boxes.png"))
         draw_found(self.picture, [(own, names, None) for own, names in zip(seen.boxes, seen.labels, strict=True)], path)
         print(f"written: {path}", flush=True)
+
+    def _keep(self, argument: str) -> None:
+        from foveate import drop_visual_tokens
+        from foveate.methods.hired.configuration import check_budget
+        from foveate.methods.hired.dropping import active_dropping
+
+        dropping = active_dropping(self.predictor.model)
+        if not argument:
+            if dropping is None:
+                _note("all of a picture is read; /keep 0.2 reads a fifth of it.")
+                return
+            for kept in self.talk.seen.kept:
+                print(f"{kept.count} of {kept.total} tokens are kept")
+            if len(self.talk.seen.kept) == 1:
+                path = free_name(Path(f"{self.picture.stem}-tokens.png"))
+                draw_kept(self.picture, self.talk.seen.kept, path)
+                print(f"written: {path}", flush=True)
+            return
+        share = 1.0
+        if argument != "all":
+            try:
+                share = float(argument)
+            except ValueError:
+                raise InputError(f"/keep takes a share such as 0.2, or all, not {argument!r}.") from None
+            check_budget(share)
+        if dropping is not None:
+            dropping.remove()
+        if share < 1:
+            drop_visual_tokens(self.predictor, share)
+        self.look_at(self.picture, self.boxes)
 
     def _reset(self, argument: str) -> None:
         self.talk = self.predictor.conversation(self.talk.seen, **self.generation)

@@ -14,6 +14,8 @@ from foveate.files import atomic_write
 if TYPE_CHECKING:
     from PIL import Image
 
+    from foveate.vision.kept_tokens import KeptTokens
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -82,3 +84,12 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     name = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG")
     with atomic_write(path, "wb") as file:
         picture.save(file, format=name)
+
+
+def draw_kept(source: Path, kept: Sequence[KeptTokens], path: Path) -> None:
+    """Writes an image with what the model did not read darkened; nothing is where no token was dropped."""
+    from foveate.vision.images import load_image
+    from foveate.vision.kept_tokens import plot_kept_tokens
+
+    image = load_image(source)
+    save_picture(plot_kept_tokens(image, kept[0]) if kept else image, path)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mg_llava_parts import make_model, make_tokenizer  # pyright: ignore[reportMissingImports] (conftest.py)
@@ -64,7 +65,7 @@ def run(
 
     def load_once(name: str, *, proposer: Any, **options: Any) -> Any:
         """The model is read from its files once where no option asks for another."""
-        if proposer is None and not any(options.values()):
+        if proposer is None and all(value is None for value in options.values()):
             return predictor
         return load(name, proposer=proposer, **options)
 
@@ -157,6 +158,44 @@ def test_what_finds_boxes(run: Run, work: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads(run("0.png", "What?", "--boxes", "proposer-world", "--json")[1])[0]["boxes"] == said["boxes"]
 
 
+def test_a_share_of_the_tokens_is_read_and_shown(run: Run, folder: Path) -> None:
+    code, out, _ = run("0.png", "what?", "--box", "5,5,40,30", "--keep", 0.5, "--show-tokens", "kept.png", "--json")
+    assert code == 0
+    (row,) = json.loads(out)
+    (kept,) = row["kept"]
+    assert (kept["kept"], kept["of"]) == (2, 4)
+    expected = foveate.load(folder, device="cpu", keep_tokens=0.5).ask("0.png", "what?", boxes=[BOXES[0]])
+    assert row["answer"] == expected.text
+    assert kept["partitions"][0]["tokens"] == expected.kept[0].keep[0].nonzero()[0].tolist()
+    picture, original = Image.open("kept.png"), Image.open("0.png").convert("RGB")
+    size = (picture.width // 10, picture.height // 10)
+    ratio = np.asarray(picture.resize(size), float).mean(2) / np.asarray(original.resize(size), float).mean(2)
+    assert 0.2 < (ratio < 0.5).mean() < 0.8, "some of the picture is dark, and some is not"
+    code, _, err = run("0.png", "what?", "--show-tokens", "kept.png")
+    assert (code, "say --keep" in err) == (2, True)
+    for budget in ("0", "1.5", "nan"):
+        code, _, err = run("0.png", "what?", "--keep", budget)
+        assert (code, "share above 0 and at most 1" in err) == (2, True)
+
+
+def test_a_conversation_reads_less_and_all_again(run: Run, predictor: Any) -> None:
+    whole = predictor.ask("0.png", "what?", boxes=[BOXES[0]]).text
+    said = "/keep\n/keep 0.5\nwhat?\n/keep\n/keep 7\n/keep x\n/keep all\nwhat?\n"
+    code, out, err = run("0.png", "--box", "5,5,40,30", said=said)
+    assert code == 0
+    lines = out.splitlines()
+    with foveate.drop_visual_tokens(predictor, 0.5):
+        less = predictor.ask("0.png", "what?", boxes=[BOXES[0]]).text
+    assert less != whole
+    assert lines[0].strip() == less.splitlines()[0]
+    assert "2 of 4 tokens are kept" in lines
+    assert Path("0-tokens.png").is_file()
+    assert out.rstrip().endswith(whole.rstrip())
+    assert "all of a picture is read" in err
+    assert "not 7" in err
+    assert "not 'x'" in err
+
+
 def test_a_video(run: Run, predictor: Any) -> None:
     frames = [Image.open(f"{number % 2}.png") for number in range(5)]
     frames[0].save("clip.gif", save_all=True, append_images=frames[1:])
@@ -227,7 +266,7 @@ def test_a_video_that_does_not_decode(run: Run) -> None:
     [
         (["none.png", "What?"], "does not exist"),
         (["0.png", "1.png"], "1.png is a file, so there is no question"),
-        (["0.png", "--json"], "--json and --picture belong to questions"),
+        (["0.png", "--json"], "--json, --picture and --show-tokens belong to questions"),
         (["0.png", "What?", "--boxes", "none", "--box", "0,0,1,1"], "--boxes and --box contradict each other"),
         (["0.png", "What?", "--box", "1,2,3"], "is not four numbers"),
         (["0.png", "What?", "--boxes", "none.json"], "there is no file none.json"),

@@ -84,6 +84,7 @@ class Answer:
             "labels": labels,
             "gate": [round(value, 4) for value in self.gate],
             "milliseconds": {stage: round(value, 1) for stage, value in self.milliseconds.items()},
+            "kept": [own.to_dict() for own in self.kept],
         }
 
 
