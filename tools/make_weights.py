@@ -28,7 +28,7 @@ RECIPES = {
     "t5-world": ("recipes/standins/t5_world.yaml",),
     "proposer-world": ("recipes/standins/proposer_world.yaml",),
     "convnext-world": ("recipes/standins/convnext_world.yaml",),
-    "llama-world": ("recipes/standins/llama_world.yaml",),
+    "llama-world": ("recipes/standins/llama_world.yaml", "recipes/standins/llama_world_2.yaml"),
     "dynrefer-world": ("recipes/dynrefer/world.yaml",),
     "mg-llava-world": ("recipes/mg_llava/world_pretrain.yaml", "recipes/mg_llava/world.yaml"),
 }

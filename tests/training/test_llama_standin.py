@@ -31,6 +31,7 @@ from foveate.training.standins.llama.recipe import (
     _answers,
     _collate,
     _perplexity,
+    build,
     build_tokenizer,
     conversation_ids,
     embed_bags,
@@ -298,8 +299,19 @@ def test_a_trained_model_is_a_plain_llama_that_is_found_and_measured(
     assert tokenizer("a red car")["input_ids"] == TOKENIZER("a red car")["input_ids"]
     metrics = evaluate(RECIPE, folder, [*SMALL, *FEW], out=tmp_path / "out").metrics
     assert metrics["questions"] >= 18
+    assert 0 <= metrics["colour_of_bags_accuracy"] < 0.5
     assert 0 <= metrics["answer_accuracy"] < 0.5
     assert 1 < metrics["perplexity"] < 2 * len(TOKENIZER)
+
+
+def test_training_goes_on_from_a_model_of_the_same_sizes(trained: Path) -> None:
+    data = ["data={first_seed: 3, count: 2, processes: 1}"]
+    built: Any = build(load_recipe(RECIPE, [*SMALL, *data, f"model.init_from={trained}"]))  # pyright: ignore[reportArgumentType]
+    saved = load_file(trained / "model.safetensors")
+    for name, value in built.model.llama.state_dict().items():
+        torch.testing.assert_close(value, saved[name].float())
+    with pytest.raises(RecipeError, match="has other sizes than the recipe"):
+        build(load_recipe(RECIPE, [*SMALL, *data, "model.width=32", f"model.init_from={trained}"]))  # pyright: ignore[reportArgumentType]
 
 
 def test_damaged_models_and_others_are_not_measured(trained: Path, tmp_path: Path) -> None:

@@ -245,6 +245,30 @@ def test_turns_are_shuffled_by_seed_and_epoch_alone(recipe: Path, data: Path, tm
     assert straight[SampleKey(0, 5, 0)]["input_ids"] == straight[0]["input_ids"]
 
 
+def test_questions_of_some_kinds_and_so_many(recipe: Path, data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    override = write_data(root, data, ["<image>\nq0", "a0", "q1", "a1", "q2", "a2"], ["<image>\nq3", "a3"])
+    samples = json.loads((root / "train.json").read_text())
+    for k, kind in enumerate(("where", "colour", "colour")):
+        samples[0]["conversations"][2 * k]["kind"] = kind
+    (root / "train.json").write_text(json.dumps(samples))
+
+    def said(built: ConversationDataset, epoch: int = 0) -> str:
+        ids = [token for token in built[SampleKey(0, epoch, 0)]["input_ids"] if token >= 0]
+        return built.processor.tokenizer.decode(ids)
+
+    colours = dataset(recipe, override, "data.kinds=[colour]")
+    assert len(colours) == 1, "the second conversation has none"
+    assert "q0" not in said(colours)
+    assert said(colours).startswith("<s>USER: \nq1 ASSISTANT:a1</s>")
+    one = dataset(recipe, override, "data.kinds=[colour]", "data.most_turns=1", "data.shuffle_turns=true")
+    texts = {said(one, epoch) for epoch in range(8)}
+    assert len(texts) == 2
+    assert all(text.count("ASSISTANT") == 1 for text in texts)
+    with pytest.raises(RecipeError, match="no conversation of data has a question of the kinds count"):
+        dataset(recipe, override, "data.kinds=[count]")
+
+
 def test_what_cannot_be_learnt_is_replaced(
     recipe: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from foveate.checkpoints import find_checkpoint
 from foveate.errors import RecipeError
 from foveate.language.templates import IGNORED, TEMPLATES, encode_turns, find_template, render_conversation
 from foveate.training.recipes import LARGEST, Recipe, RecipeSection
@@ -62,6 +63,7 @@ class LlamaSizes(RecipeSection):
     heads: int = Field(4, gt=0, le=256)
     feed_forward: int = Field(384, gt=0, le=65536)
     positions: int = Field(2048, ge=256, le=1_000_000, description="longest sequence that the configuration promises")
+    init_from: str | None = Field(None, description="go on from this model, whose sizes are then the ones above")
     template: str = Field("vicuna", description="of the conversations")
     length: int = Field(224, gt=0, le=100_000, description="tokens that a conversation is filled to with questions")
     text_share: float = Field(0.1, ge=0, lt=1, description="samples that are a caption by itself")
@@ -71,6 +73,7 @@ class LlamaSizes(RecipeSection):
         le=1,
         description="conversations about one to four objects of the scene, from which reading is learnt",
     )
+    listing: float = Field(0.3, ge=0, le=1, description="of these, share that begins with a list of the objects")
     bags: float = Field(
         0.5, ge=0, le=1, description="conversations about objects that are one token each, the sum of their words"
     )
@@ -382,7 +385,7 @@ class WorldTalk(SeededDataset):
             ),
             draw,
         )
-        if draw.random() < 0.3 or not pairs:
+        if draw.random() < self.sizes.listing or not pairs:
             pairs.insert(0, (OBJECTS, "; ".join(scene.plain[k] for k in order)))
         bags = [self.tokenizer.encode(scene.plain[k], add_special_tokens=False) for k in order]
         ids, labels = conversation_ids(
@@ -483,7 +486,8 @@ def build(recipe: LlamaRecipe) -> TrainingTask:
     """Put the scenes into words, make the tokenizer and set the model up.
 
     Raises:
-        RecipeError: no scene has an object.
+        RecipeError: no scene has an object, or the model to go on from has other sizes.
+        InputError, CheckpointError: there is no such model, or it is damaged.
     """
     sizes = recipe.model
     scenes = read_scenes(recipe.data)
@@ -491,6 +495,14 @@ def build(recipe: LlamaRecipe) -> TrainingTask:
         raise RecipeError("the scenes of data have no object; raise data.count")
     tokenizer: Any = build_tokenizer(sizes.positions)
     llama = LlamaForCausalLM(_config(sizes, tokenizer))
+    if sizes.init_from is not None:
+        start, _ = load_stand_in(LlamaForCausalLM, find_checkpoint(sizes.init_from))
+        try:
+            llama.load_state_dict(start.state_dict())
+        except RuntimeError:
+            raise RecipeError(
+                f"{sizes.init_from} of model.init_from has other sizes than the recipe; give those of its config.json"
+            ) from None
 
     def save(folder: Path) -> None:
         llama.half().save_pretrained(folder)
