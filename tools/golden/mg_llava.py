@@ -154,7 +154,7 @@ def check_flow(golden: GoldenFolder, flow: str, report: Report) -> None:
             f"{flow} dense roi_pooled_{number}", reference, arrays[f"out.roi_pooled_{number}"], absolute=EXACT
         )
     visual = model.encode(_pixels(arrays["in.pixel_values_u8"]), high, boxes)
-    compare("image_embeds", visual.image)
+    compare("image_embeds", torch.stack(tuple(visual.image)))
     for number, tokens in enumerate(visual.objects):
         compare(f"object_embeds_{number}", tokens)
 

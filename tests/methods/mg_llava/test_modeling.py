@@ -373,7 +373,7 @@ def test_vicuna_7b_builds_on_the_meta_device_with_the_right_size() -> None:
             (1536, 24, 24),
         ]
         visual = model.encode(**images, boxes=boxes)
-        assert tuple(visual.image.shape) == (1, 576, 4096)
+        assert [tuple(tokens.shape) for tokens in visual.image] == [(576, 4096)]
         assert tuple(visual.objects[0].shape) == (100, 4096)
         assert tuple(model(ids, visual_tokens=visual).logits.shape) == (1, 4 + 676, 32000)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.errors import InputError, RecipeError
 from foveate.files import atomic_write
@@ -144,7 +144,7 @@ class FeatureCache:
         log.info("the towers look at %d pictures once; what they see is kept under %s", total, self._parent())
         where = model.device
         if where.type == "cpu" and torch.cuda.is_available():
-            model.to("cuda")
+            nn.Module.to(model, "cuda")
         done, said = 0, time.monotonic()
         for start, kinds in missing.items():
             chunk = self._look(model, start)
@@ -155,7 +155,7 @@ class FeatureCache:
             if time.monotonic() - said > 15:
                 log.info("%d of %d pictures", done, total)
                 said = time.monotonic()
-        model.to(where)
+        nn.Module.to(model, where)
 
     def _parent(self) -> Path:
         return next(iter(self.folders.values())).parent

@@ -452,7 +452,7 @@ class LlamaPretraining(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, bags: Tensor | None = None
     ) -> dict[str, Any]:
         read: dict[str, Tensor] = {"input_ids": input_ids}
-        pad = self.llama.config.pad_token_id
+        pad: Any = self.llama.config.pad_token_id
         if bags is not None:
             embed = self.llama.get_input_embeddings()
             read = {"inputs_embeds": embed_bags(embed, input_ids, attention_mask, bags, pad)}
