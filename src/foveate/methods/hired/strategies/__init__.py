@@ -11,9 +11,12 @@ from foveate.checkpoints import suggestion
 from foveate.errors import InputError
 
 from .base import PictureTokens, Selection, Strategy, TowerFacts
+from .divprune import DivPrune
 from .hired import Hired, select_tokens
 from .plain import Random, Spatial
 from .prumerge import PruMerge
+from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 __all__ = [
     "STRATEGIES",
@@ -31,6 +34,9 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "spatial": Spatial,
     "prumerge": PruMerge,
     "prumerge+": partial(PruMerge, plus=True),
+    "visionzip": VisionZip,
+    "vispruner": VisPruner,
+    "divprune": DivPrune,
 }
 
 
