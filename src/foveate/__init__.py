@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from foveate.errors import CheckpointError, FoveateError, InputError, RecipeError
     from foveate.methods import load, register
     from foveate.methods.dynrefer.results import Region, Regions
+    from foveate.methods.hired.dropping import drop_visual_tokens
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "Region",
     "Regions",
     "__version__",
+    "drop_visual_tokens",
     "load",
     "register",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "RecipeError": "foveate.errors",
     "Region": "foveate.methods.dynrefer.results",
     "Regions": "foveate.methods.dynrefer.results",
+    "drop_visual_tokens": "foveate.methods.hired.dropping",
     "load": "foveate.methods",
     "register": "foveate.methods",
 }

@@ -89,14 +89,16 @@ class VisualTokens:
     """What the language model sees of V pictures.
 
     Attributes:
-        image: (V, N, C).
+        image: (V, N, C); V tensors (n_v, C) where tokens are dropped.
         objects: V tensors (K_v, C); of no rows where there are no object tokens.
         gate: (V, 1), tanh(a) of the gated fusions, else None.
+        kept: (V, N) bool, which image tokens these are where some are dropped, else None.
     """
 
-    image: Tensor
+    image: Tensor | tuple[Tensor, ...]
     objects: tuple[Tensor, ...]
     gate: Tensor | None = None
+    kept: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -111,17 +113,22 @@ class VisualTokens:
     def take(self, numbers: Sequence[int]) -> VisualTokens:
         """The pictures of these numbers, in their order."""
         rows = list(numbers)
+        image = self.image[rows] if isinstance(self.image, Tensor) else tuple(self.image[number] for number in rows)
         gate = None if self.gate is None else self.gate[rows]
-        return VisualTokens(self.image[rows], tuple(self.objects[number] for number in rows), gate)
+        kept = None if self.kept is None else self.kept[rows]
+        return VisualTokens(image, tuple(self.objects[number] for number in rows), gate, kept)
 
     @staticmethod
     def join(parts: Sequence[VisualTokens]) -> VisualTokens:
         """The pictures of all parts, in order."""
+        images = [part.image for part in parts if isinstance(part.image, Tensor)]
         gates = [part.gate for part in parts if part.gate is not None]
+        kept = [part.kept for part in parts if part.kept is not None]
         return VisualTokens(
-            torch.cat([part.image for part in parts]),
+            torch.cat(images) if len(images) == len(parts) else tuple(one for part in parts for one in part.image),
             tuple(objects for part in parts for objects in part.objects),
             torch.cat(gates) if len(gates) == len(parts) else None,
+            torch.cat(kept) if len(kept) == len(parts) else None,
         )
 
 
@@ -328,14 +335,26 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             self._check_boxes(boxes, len(low))
             assert boxes is not None
             fused, objects = self.merge_objects(low, fused, self.object_features(stages, boxes))
-        image = self.image_projector(fused)
+        image, kept = self.project_image(fused)
         if self.config.has_object_tokens:
             counts = [len(own) for own in objects]
             projected = self.box_projector(torch.cat(objects).to(self.bridge_dtype))
             tokens = projected.split(counts)
         else:
-            tokens = tuple(image.new_zeros(len(image), 0, image.shape[-1]))
-        return VisualTokens(image, tokens, None if logit is None else torch.tanh(logit.detach()))
+            tokens = tuple(image[0].new_zeros(len(image), 0, image[0].shape[-1]))
+        return VisualTokens(image, tokens, None if logit is None else torch.tanh(logit.detach()), kept)
+
+    @property
+    def projects_tokens(self) -> bool:
+        """Whether the projector takes each image token by itself, so that a token can be left out before it."""
+        return self.config.fusion != "resampler"
+
+    def project_image(self, fused: Tensor) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
+        """Fused image tokens (V, N, C') as the language model reads them, and which of them these are: None for all.
+
+        `foveate.drop_visual_tokens` puts its own function in this one's place; see `VisualTokens` for what it returns.
+        """
+        return self.image_projector(fused), None
 
     @staticmethod
     def _check_boxes(boxes: Sequence[Tensor] | None, pictures: int) -> None:
@@ -474,7 +493,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             logits = self.language_model(**call).logits[:, learnt]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets[:, learnt].flatten(), ignore_index=IGNORED)
         if visual is not None:  # all of it in the graph, also what belongs to no text (spec 2.5)
-            loss = loss + sum(tokens.flatten()[:0].sum() for tokens in (visual.image, *visual.objects))
+            loss = loss + sum(tokens.flatten()[:0].sum() for tokens in (*visual.image, *visual.objects))
         elif self.training and torch.is_grad_enabled():
             # A batch of texts only: with parameters out of the graph, other processes would wait for them for ever.
             loss = loss + sum(parameter.sum() * 0.0 for parameter in self.bridge_parameters())

@@ -44,6 +44,8 @@ def allocated(early: Tensor, layout: Partitions, config: HiredConfig) -> list[in
     """Tokens that each of the P partitions may keep; arguments as in `select_tokens`."""
     budget = _budget(layout, config)
     caps = layout.valid.sum(dim=1).tolist() if config.pad_aware else [layout.cells] * layout.count
+    if config.budget >= 1:  # which switches the method off: nothing is lost to truncation
+        return caps
     if config.exact_budget and config.newline == "all":
         budget = max(1, budget - layout.newline_count)
     if layout.count == 1:
