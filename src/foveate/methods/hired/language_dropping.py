@@ -410,7 +410,7 @@ def _check_cache(cache: Any) -> None:
 
 
 class LanguageDropping(Dropping):
-    """A model that drops visual tokens inside its language model; what `drop_visual_tokens` returns for such strategies.
+    """A model that drops visual tokens inside its language model, as `drop_visual_tokens` returns it.
 
     Args:
         model: LLaVA-1.5 or LLaVA-NeXT of transformers, or a model with `assemble` and `language_model` as MG-LLaVA has.
@@ -432,35 +432,65 @@ class LanguageDropping(Dropping):
                 raise InputError("this fusion does not give a fixed number of image tokens; nothing can be dropped.")
             self._assemble = self.model.assemble
             self._replace("assemble", self._assemble_known)
-        else:
-            self._undo.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+            return
+        self._local = threading.local()
+        self._undo.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+        self._generate = self.model.generate
+        self._replace("generate", self._generate_known)
+
+    def _generate_known(self, inputs: Tensor | None = None, *args: Any, **settings: Any) -> Any:
+        """As `generate`. Since transformers 5.20 it encodes pictures itself, and `forward` is not told their sizes."""
+        ids = settings.get("input_ids") if inputs is None else inputs
+        if ids is not None and settings.get("pixel_values") is not None:
+            self._local.budgets = self._budgets(ids, settings["pixel_values"], settings.get("image_sizes"))
+        try:
+            return self._generate(inputs, *args, **settings)
+        finally:
+            self._local.budgets = None
 
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._host is not None
         self._pruning.expect(None)
         call = self._host.named(args, kwargs)
-        if call.get("pixel_values") is None:
+        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+        if call.get("pixel_values") is None and encoded is None:
             return
         ids = call.get("input_ids")
         if ids is None:
-            raise InputError("a picture needs a text with its placeholders; pass input_ids as the processor gives them.")
-        visual = ids == self._host.config.image_token_id
-        pixels = call["pixel_values"]
-        sizes = call.get("image_sizes")
-        layouts = self._host.layouts(sizes, len(pixels) if pixels.ndim == 5 or sizes is None else len(sizes))
-        counts = visual.sum(dim=1).tolist()
-        if sum(counts) != sum(layout.full_length for layout in layouts):
-            return  # which the model refuses with a sentence of its own
+            raise InputError(
+                "a picture needs a text with its placeholders; pass input_ids as the processor gives them."
+            )
+        if encoded is None:
+            budgets = self._budgets(ids, call["pixel_values"], call.get("image_sizes"))
+        else:
+            budgets = getattr(self._local, "budgets", None)
+            if budgets is None:
+                raise InputError("pictures that are encoded already do not tell their size; give pixel_values.")
+            budgets = [budget for budget in budgets for _ in range(len(ids) // len(budgets))]  # of beams
+        self._pruning.expect(ids == self._host.config.image_token_id, budgets)
+
+    def _budgets(self, ids: Tensor, pixel_values: Tensor, image_sizes: Any) -> list[int]:
+        """T of each row: of all its pictures."""
+        assert self._host is not None
+        pictures = len(pixel_values) if pixel_values.ndim == 5 or image_sizes is None else len(image_sizes)
+        layouts = self._host.layouts(image_sizes, pictures)
+        counts = (ids == self._host.config.image_token_id).sum(dim=1).tolist()
+        total = sum(layout.full_length for layout in layouts)
+        if sum(counts) != total:
+            raise InputError(
+                f"the text has {sum(counts)} placeholders of pictures, and {pictures} pictures of {total} tokens are "
+                "given; let the processor write the text."
+            )
         budgets = []
-        pictures = iter(layouts)
+        rest = iter(layouts)
         for count in counts:
             own = 0
             while count > 0:
-                layout = next(pictures)
+                layout = next(rest)
                 count -= layout.full_length
                 own += token_budget(layout.candidates, self.strategy.budget)
             budgets.append(own)
-        self._pruning.expect(visual, budgets)
+        return budgets
 
     def _assemble_known(
         self, input_ids: Tensor, attention_mask: Tensor | None, visuals: Sequence[Tensor], *args: Any, **kwargs: Any

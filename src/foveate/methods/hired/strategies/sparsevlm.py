@@ -8,6 +8,8 @@ as one of the dropped tokens: so the mean over the layers comes to 192.0, 128.6 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def kept_in_steps(budget: int, total: int) -> tuple[int, ...]:
         budget: at most `total`.
     """
     wanted = budget * _CELLS / total
-    for (low, fewer), (high, more) in zip(_KEPT, _KEPT[1:], strict=False):
+    for (low, fewer), (high, more) in pairwise(_KEPT):
         if wanted <= high:
             part = (wanted - low) / (high - low)
             kept = (a + part * (b - a) for a, b in zip(fewer, more, strict=True))
