@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import hired_parts
 import pytest
 import torch
 from torch import Tensor
@@ -18,13 +21,14 @@ from transformers import (
 
 from foveate import drop_visual_tokens
 from foveate.errors import InputError
+from foveate.language.templates import IMAGE_ID, VIDEO_ID
 from foveate.methods.hired.hosts import LlavaHost
 from foveate.methods.hired.strategies import LanguageSelection, LanguageStrategy, LanguageTokens, make_strategy
 from foveate.methods.hired.strategies.fastv import FastV
 from foveate.methods.hired.strategies.language import attention_rows
 from foveate.methods.hired.strategies.sparsevlm import SparseVLM, density_peaks, kept_in_steps
 
-IMAGE, LAYERS = 60, 5
+PLACEHOLDER, LAYERS = 60, 5
 
 # -------------------------------------------------------------------- strategies by hand
 
@@ -153,7 +157,7 @@ def make_model(attention: str = "sdpa") -> Any:
     config = LlavaNextConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
-        image_token_id=IMAGE,
+        image_token_id=PLACEHOLDER,
         image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
         vision_feature_layer=-1,
     )
@@ -177,7 +181,7 @@ def make_inputs(model: Any, sizes: Sequence[tuple[int, int]], words: Sequence[in
     for number, layout in enumerate(layouts):
         pixels[number, : layout.count] = torch.randn(layout.count, 3, 8, 8, generator=generator)
         text = torch.randint(1, 50, (words[number] if words else 4,), generator=generator)
-        rows.append(torch.cat([torch.tensor([1, 2]), torch.full((layout.full_length,), IMAGE), text]))
+        rows.append(torch.cat([torch.tensor([1, 2]), torch.full((layout.full_length,), PLACEHOLDER), text]))
     longest = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows])
     mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
@@ -222,7 +226,7 @@ def layer_by_layer(model: Any, inputs: dict, strategy: Any, budget: int, later: 
     pictures = host.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True).pooler_output
     ids = torch.cat([inputs["input_ids"], later], dim=1)
     states = model.get_input_embeddings()(ids).clone()
-    visual = ids[0] == IMAGE
+    visual = ids[0] == PLACEHOLDER
     states[0, visual] = torch.cat(list(pictures))
     decoder = host.language_model
     positions = torch.arange(len(visual))
@@ -372,3 +376,65 @@ def test_what_does_not_work_is_refused(model: Any) -> None:
     with pytest.raises(InputError, match="after 7 layers, and this language model has 5"):
         drop_visual_tokens(model, 0.2, "fastv", after=7)
     assert not model._forward_pre_hooks
+
+
+# -------------------------------------------------------------------- other hosts
+
+
+class Recording(FastV):
+    """FastV after the first layer that notes where the visual tokens are, and how many may stay."""
+
+    def __init__(self, budget: float) -> None:
+        super().__init__(budget, after=1)
+        self.seen: list[tuple[list[int], int]] = []
+
+    def select(self, tokens: LanguageTokens) -> LanguageSelection:
+        self.seen.append((tokens.visual.nonzero()[:, 0].tolist(), tokens.budget))
+        return super().select(tokens)
+
+
+def test_llava_15_drops_them_too(llava_model: Any, llava_processor: Any) -> None:
+    pictures = [hired_parts.make_picture(30, 20), hired_parts.make_picture(20, 30, seed=1)]
+    texts = ["<image>\nwhat is it?", "well, <image> how many?"]
+    inputs = llava_processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    strategy = Recording(0.25)
+    with drop_visual_tokens(llava_model, strategy=strategy), torch.no_grad():
+        logits = llava_model(**inputs).logits
+    assert [budget for _, budget in strategy.seen] == [9, 9]
+    for row, (places, _) in enumerate(strategy.seen):
+        real = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        assert places == (real == llava_model.config.image_token_id).nonzero()[:, 0].tolist()
+    assert logits.shape[1] == inputs["input_ids"].shape[1] - (36 - 9)
+
+
+def test_mg_llava_keeps_its_object_tokens() -> None:
+    path = Path(__file__).parents[1] / "mg_llava" / "parts.py"
+    spec = importlib.util.spec_from_file_location("mg_llava_parts_for_dropping", path)
+    assert spec is not None
+    assert spec.loader is not None
+    parts: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(parts)
+    model = parts.make_model()
+    generator = torch.Generator().manual_seed(0)
+    pictures = {
+        "pixel_values": torch.randn(2, 3, 16, 16, generator=generator),
+        "pixel_values_aux": torch.randn(2, 3, 64, 64, generator=generator),
+        "boxes": [torch.tensor([[4.0, 4, 40, 40]]), torch.tensor([[0.0, 0, 30, 20], [8, 8, 60, 60], [3, 3, 9, 9]])],
+    }
+    rows = [[256, 70, IMAGE_ID, 71, 72], [256, IMAGE_ID, 73]]
+    ids = torch.tensor([rows[0], [0, 0, *rows[1]]])
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    strategy = Recording(0.5)
+    with drop_visual_tokens(model, strategy=strategy):
+        together = model.generate(ids, mask, **pictures, **settings)
+        # Two of four image tokens may stay; the objects that follow them are not among them.
+        assert strategy.seen == [([2, 3, 4, 5], 2), ([1, 2, 3, 4], 2)]
+        for row, own in enumerate(rows):
+            picture = {name: value[row : row + 1] for name, value in pictures.items()}
+            alone = model.generate(torch.tensor([own]), **picture, **settings)
+            assert together[row].tolist() == alone[0].tolist()
+        assert model.generate(torch.tensor([[256, 70, 71]]), **settings).shape == (1, 6)
+        with pytest.raises(InputError, match="tokens of videos are not dropped"):
+            model.generate(torch.tensor([[256, VIDEO_ID, 71]]), **pictures, visual_counts=[2], **settings)
+    assert "assemble" not in vars(model)
