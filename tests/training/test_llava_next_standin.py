@@ -135,6 +135,7 @@ def test_a_trained_model_is_a_llava_next_whose_tokens_can_be_dropped(settings: l
     processor = AutoProcessor.from_pretrained(folder)
     assert model.config.image_grid_pinpoints == [[60, 120]]
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert processor.tokenizer.padding_side == "left"
     asked = [(Path(settings[0].partition('"root": "')[2].partition('"')[0]) / "images" / rows[0]["image"], "what?")]
     said = answers(model, processor, asked, batch_size=4, max_new_tokens=3)
     with drop_visual_tokens(model, 0.2):

@@ -228,7 +228,7 @@ def build_model(settings: LlavaNextSettings) -> tuple[Any, LlavaNextProcessor]:
         )
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE]})
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # for generation, and saved
     if image_id >= language.config.vocab_size:
         # A picture's tokens take the place of this one, so that its embedding is never read.
         language.resize_token_embeddings(image_id + 1, mean_resizing=False)
