@@ -30,8 +30,12 @@ RECIPES = {
     "convnext-world": ("recipes/standins/convnext_world.yaml",),
     "llama-world": ("recipes/standins/llama_world.yaml",),
     "dynrefer-world": ("recipes/dynrefer/world.yaml",),
+    "mg-llava-world": ("recipes/mg_llava/world_pretrain.yaml", "recipes/mg_llava/world.yaml"),
 }
-BUILT_ON = {"dynrefer-world": ("clip-world", "t5-world")}
+BUILT_ON = {
+    "dynrefer-world": ("clip-world", "t5-world"),
+    "mg-llava-world": ("clip-world", "convnext-world", "llama-world"),
+}
 MAX_BYTES = 6 * 10**6
 MAX_BYTES_TOGETHER = 40 * 10**6
 

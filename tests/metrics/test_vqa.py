@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.errors import InputError
-from foveate.metrics.vqa import anls, circular_accuracy, edit_distance, extract_letters, normalise_answer, vqa_accuracy
+from foveate.metrics.vqa import (
+    anls,
+    circular_accuracy,
+    edit_distance,
+    exact_match,
+    extract_letters,
+    normalise_answer,
+    normalised_match,
+    vqa_accuracy,
+)
 
 
 def test_edit_distance_by_hand() -> None:
@@ -60,10 +69,22 @@ def test_normalisation(text: str, expected: str) -> None:
     assert normalise_answer(text) == expected
 
 
+def test_matches_by_hand() -> None:
+    assert exact_match(" Dog.", ["cat", "dog"])
+    assert not exact_match("a dog", ["dog"])
+    assert normalised_match("A dog!", ["cat", "dog"])
+    assert normalised_match("two", ["2"])
+    assert not normalised_match("dogs", ["dog"])
+    with pytest.raises(InputError, match="no reference answer"):
+        exact_match("dog", [])
+
+
 def test_letters() -> None:
     assert [extract_letters(text) for text in ("Both", "AB", "E", "the answer is C", "")] == ["B", "AB", "", "C", ""]
     robust = {"Both": "", "The answer is E.": "E", "(B) a dog": "B", "A dog or B": "A", "option: c": "C", "": ""}
     assert {text: extract_letters(text, rule="robust") for text in robust} == robust
+    assert extract_letters("I think B", rule="robust", options="ABCD") == "B"
+    assert extract_letters("Option I, or E", rule="robust", options="ABCD") == ""
     with pytest.raises(InputError, match="no rule 'lax'"):
         extract_letters("A", rule="lax")
 

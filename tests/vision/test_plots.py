@@ -55,6 +55,17 @@ def test_points_stand_where_their_numbers_say() -> None:
     assert (b[:, 1].max() - frame[:, 1].min()) / height == pytest.approx(0.75, abs=0.015)
 
 
+def test_names_take_the_place_of_numbers_and_dots_stand_alone() -> None:
+    picture = line_chart({"a": ([0, 2], [0.5, 1.0])}, x_names=["small", "medium", "large"])
+    found = plot_ink(picture, PALETTE[0])
+    left, right = found[found[:, 0] < 400], found[found[:, 0] > 400]
+    assert len(left) + len(right) == len(found) > 0
+    assert np.ptp(left[:, 0]) < 14 > np.ptp(right[:, 0]), "no line joins them"
+    assert right[:, 0].mean() - left[:, 0].mean() == pytest.approx(2 / 3 * 740, abs=15)
+    with pytest.raises(InputError, match="x must be 0 to 1"):
+        line_chart({"a": ([0, 2], [0.5, 1.0])}, x_names=["small", "large"])
+
+
 def test_baseline_is_level_dashed_and_takes_part_in_the_range() -> None:
     picture = line_chart({"a": ([0, 1], [0.2, 0.4])}, baselines={"chance": 0.9})
     line, dashes = plot_ink(picture, PALETTE[0]), plot_ink(picture, PALETTE[1])

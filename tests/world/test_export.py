@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import signal
@@ -17,9 +18,11 @@ import pytest
 from PIL import Image
 
 from foveate.data import open_conversations, open_dataset
+from foveate.data.benchmarks import ChoiceTable, QuestionLines
 from foveate.data.boxes import clamp_visual_genome_box
 from foveate.data.samples import ImageSample, RegionSample
 from foveate.errors import InputError
+from foveate.metrics.vqa import MAIN_ROWS
 from foveate.vision.images import decode_rle
 from foveate.world import export
 from foveate.world.export import export_scenes, size_name
@@ -367,6 +370,64 @@ def test_llava_round_trip(tmp_path: Path, scenes: list[Scene]) -> None:
             texts = [message.text for message in sample.messages]
             assert texts[1] == scene.captions[0]
             assert texts[3].split("; ") == [item.captions[0] for item in scene.instances if item.captions]
+
+
+def test_textvqa_round_trip(tmp_path: Path, scenes: list[Scene]) -> None:
+    root = write(tmp_path / "textvqa", "textvqa")
+    for split, own in (("train", scenes[:6]), ("val", scenes[6:])):
+        data = QuestionLines(
+            root / f"llava_textvqa_{split}_v051_ocr.jsonl",
+            root / "train_images",
+            annotations=root / f"TextVQA_0.5.1_{split}.json",
+            boxes=[root / f"{split}_only_box.json"],
+        )
+        assert not data.skipped
+        asked = [(number, question) for number, scene in enumerate(own) for question in scene.all_questions]
+        first = own[0] is scenes[0]
+        names = [f"{number + (1 if first else 7):012d}" for number, _ in asked]
+        assert sorted((one.question_id, one.question, one.answers, one.category) for one in data) == sorted(
+            (name, each.question, (each.answer,) * 10, each.kind) for name, (_, each) in zip(names, asked, strict=True)
+        )
+        for question in data:
+            scene = own[int(question.question_id) - (1 if first else 7)]
+            assert question.boxes[0].labels == tuple(instance.category for instance in scene.instances)
+            assert question.image is not None
+            assert question.image.is_file()
+
+
+def test_mmbench_round_trip(tmp_path: Path, scenes: list[Scene]) -> None:
+    root = write(tmp_path / "mmbench", "mmbench")
+    assert not (root / "images").exists()
+    by_image = {scene.image.tobytes(): scene for scene in scenes}
+    seen: set[int] = set()
+    for split in ("train", "val"):
+        boxes = root / f"{split}_only_box.json"
+        data = ChoiceTable(root / f"mmbench_{split}.tsv", split=split, boxes=[boxes])
+        assert not data.skipped
+        turns: dict[int, list[Any]] = {}
+        for place, question in enumerate(data):
+            scene = by_image[np.asarray(Image.open(io.BytesIO(data.source(place))).convert("RGB")).tobytes()]
+            asked = next(each for each in scene.all_questions if each.question == question.question)
+            options = dict(question.options)
+            assert [letter for letter, text in options.items() if text == asked.answer] == list(question.answers)
+            assert len(set(options.values())) == len(options) >= 2
+            # No wrong option names something of the scene, of which it could be true.
+            things = {f"{each.attributes['colour']} {each.category}" for each in scene.instances}
+            wrong = [text for text in options.values() if text != asked.answer]
+            assert not [text for text in wrong if any(text.endswith(thing) for thing in things)]
+            assert (question.category, question.split) == (asked.kind, split)
+            assert question.l2_category == size_name(scene.instances[asked.about].box, *reversed(scene.image.shape[:2]))
+            assert question.boxes[0].labels == tuple(instance.category for instance in scene.instances)
+            turns.setdefault(int(question.question_id) % MAIN_ROWS, []).append((question.question_id, question))
+        for index, rows in turns.items():
+            # Each option stands once at each letter.
+            count = len(rows[0][1].options)
+            assert [number for number, _ in rows] == [index + turn * MAIN_ROWS for turn in range(count)]
+            assert len({row.answers for _, row in rows}) == count
+            assert len({tuple(text for _, text in row.options) for _, row in rows}) == count
+        seen |= set(turns)
+    assert seen == set(range(len(seen)))
+    assert len(seen) > 0.9 * sum(len(scene.all_questions) for scene in scenes)
 
 
 def test_what_a_question_is_about(scenes: list[Scene]) -> None:

@@ -146,7 +146,7 @@ def check_flow(golden: GoldenFolder, flow: str, report: Report) -> None:
     assert logit is not None
     compare("gate_logit", logit)
     compare("fused_tokens", fused)
-    pooled = model.object_features(stages, boxes)
+    pooled = model.object_features(model.pool_boxes(stages, boxes), [len(own) for own in boxes])
     dense = pool_objects(stages, boxes, canvas=CANVAS, bins=model.config.object_bins or 56, pooling="dense")
     for number, (ours, reference) in enumerate(zip(pooled, dense, strict=True)):
         compare(f"roi_pooled_{number}", ours, EXACT)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars, keep_freed_memory
+from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars, keep_freed_memory, progress_bar
 from foveate.cli.tables import print_evaluation
 
 
@@ -34,4 +34,6 @@ def evaluate(
 
     hide_weight_bars()
     keep_freed_memory()
-    print_evaluation(run(recipe, find_checkpoint(model), overrides or [], out=out, quantize=quantize))
+    with progress_bar("evaluation") as progress:
+        result = run(recipe, find_checkpoint(model), overrides or [], out=out, quantize=quantize, progress=progress)
+    print_evaluation(result)

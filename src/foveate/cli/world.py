@@ -26,7 +26,9 @@ def _world() -> None:
 @app.command()
 def scenes(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; it must be new or empty.")],
-    layout: Annotated[str, typer.Option("--format", help="visual-genome, refcocog, coco or llava.")] = "visual-genome",
+    layout: Annotated[
+        str, typer.Option("--format", help="visual-genome, refcocog, coco, llava, textvqa or mmbench.")
+    ] = "visual-genome",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the first scene; the next has the next number.")] = 0,
     count: Annotated[int, typer.Option("--count", help="How many scenes.")] = 100,
     size: Annotated[int, typer.Option("--size", help="Width and height in pixels.")] = 256,

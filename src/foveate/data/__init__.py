@@ -23,6 +23,11 @@ FORMATS: dict[str, tuple[str, str]] = {
 }
 # Of conversations: `open_conversations` reads what `foveate world` writes.
 CONVERSATIONS: dict[str, tuple[str, str]] = {"llava": ("foveate.data.llava", "Conversations")}
+# Benchmarks of questions that `foveate world` writes, too; `foveate.data.benchmarks` has their readers and others'.
+QUESTIONS: dict[str, tuple[str, str]] = {
+    "textvqa": ("foveate.data.benchmarks", "QuestionLines"),
+    "mmbench": ("foveate.data.benchmarks", "ChoiceTable"),
+}
 # Formats that `foveate world` does not write: prepared training data, and benchmarks, which are for evaluation only.
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "controlcap": ("foveate.data.region_file", "RegionFile"),
@@ -62,6 +67,11 @@ def open_dataset(format: str, root: Path | str, split: str, *, skip_bad: bool = 
     """
     if format in CONVERSATIONS:
         raise InputError(f"{format!r} holds conversations, not described regions; use foveate.data.open_conversations.")
+    if format in QUESTIONS:
+        reader_name = QUESTIONS[format][1]
+        raise InputError(
+            f"{format!r} holds questions, not described regions; use foveate.data.benchmarks.{reader_name}."
+        )
     known = FORMATS | BENCHMARKS
     module, name = known[check_format(format, known)]
     reader: Callable[..., SampleDataset] = getattr(import_module(module), name)

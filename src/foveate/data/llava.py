@@ -78,7 +78,7 @@ class Conversations(Sequence[ConversationSample]):
         if not files:
             raise InputError("no annotation file is given; give at least one JSON file of conversations.")
         log = RecordLog(skip_bad)
-        known = _BoxIndex(box_files, log) if box_files else None
+        known = BoxIndex(box_files, log) if box_files else None
         self._records: list[bytes] = []
         images_of: dict[str, str] = {}
         for path in files:
@@ -102,10 +102,10 @@ class Conversations(Sequence[ConversationSample]):
             raise InputError(f"{', '.join(map(str, files))}: no usable conversation; is it another kind of file?")
 
     @staticmethod
-    def _read(record: Any, known: _BoxIndex | None, log: RecordLog) -> tuple[Any, ...] | None:
+    def _read(record: Any, known: BoxIndex | None, log: RecordLog) -> tuple[Any, ...] | None:
         """(id, image, video, messages, boxes) in plain values, or None for a conversation without an answer."""
-        sample_id = _id(record)
-        image, video = (_relative(record, key) for key in ("image", "video"))
+        sample_id = record_id(record)
+        image, video = (relative_path(record, key) for key in ("image", "video"))
         if image is not None and video is not None:
             raise BadRecord('has both "image" and "video"')
         messages = _messages(record, log)
@@ -167,16 +167,16 @@ def _paths(given: Path | str | Sequence[Path | str]) -> list[Path]:
     return [Path(given)] if isinstance(given, str | Path) else [Path(path) for path in given]
 
 
-def _id(record: Any) -> str:
-    """The id as a string: files of one collection hold numbers and strings (spec 3.1)."""
-    value = get(record, "id")
+def record_id(record: Any, key: str = "id") -> str:
+    """The id as a string: files of one collection hold numbers and strings (spec 3.1). `BadRecord` if it is neither."""
+    value = get(record, key)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise BadRecord('"id" is neither a string nor a whole number', value)
+        raise BadRecord(f'"{key}" is neither a string nor a whole number', value)
     return str(value)
 
 
-def _relative(record: Any, key: str) -> str | None:
-    """A path below the folder of images; None where the record has none."""
+def relative_path(record: Any, key: str) -> str | None:
+    """A path below the folder of images; None where the record has none. `BadRecord` if it leads elsewhere."""
     if record.get(key) is None:
         return None
     text = get_text(record, key)
@@ -221,9 +221,12 @@ def _box_records(path: Path) -> Iterator[Any]:
         yield {"id": key, **record} if isinstance(record, dict) else record
 
 
-def _box_record(record: Any) -> tuple[str, str | None, tuple[str, tuple[Any, ...]]]:
-    sample_id = _id(record)
-    picture = _relative(record, "image") or _relative(record, "video")
+def _box_record(record: Any, by_stem: bool = False) -> tuple[str, str | None, tuple[str, tuple[Any, ...]]]:
+    if by_stem:
+        named = isinstance(record, dict) and "video" in record
+        sample_id, picture = PurePosixPath(get_text(record, "video") if named else record_id(record)).stem, None
+    else:
+        sample_id, picture = record_id(record), relative_path(record, "image") or relative_path(record, "video")
     if "frames" in record:
         return sample_id, picture, ("frames", tuple(_box_set(frame) for frame in get_list(record, "frames")))
     return sample_id, picture, ("boxes", (_box_set(record),))
@@ -250,30 +253,48 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-class _BoxIndex:
-    """Marshalled ("boxes" or "frames", one entry a picture) by id, or by id and picture where the record names it."""
+class BoxIndex:
+    """The records of MG-LLaVA's box files, small until they are asked for: ("boxes" or "frames", an entry a picture) by
+    id, or by id and picture where the record names it.
 
-    def __init__(self, paths: Sequence[Path], log: RecordLog) -> None:
+    Args:
+        by_stem: index records of videos by the file's name without its ending, as evaluations do (spec 3.1): that of
+            "video" or, without it, the id.
+
+    Raises:
+        InputError: a file is missing or damaged, or a record is broken and `log.skip_bad` is off.
+    """
+
+    def __init__(self, paths: Sequence[Path], log: RecordLog, *, by_stem: bool = False) -> None:
         self._found: dict[str | tuple[str, str], bytes] = {}
-        self._ids: set[str] = set()  # of records that name their picture
+        self._pictures: dict[str, str] = {}  # of ids whose records name their picture, the last one
         for path in paths:
             for record in _box_records(path):
                 try:
-                    sample_id, picture, plain = _box_record(record)
+                    sample_id, picture, plain = _box_record(record, by_stem)
                 except BadRecord as error:
-                    log.bad(path, f"box record {name_of(record, 'id')}", error)
+                    log.bad(path, f"box record {name_of(record, 'id', 'video')}", error)
                     continue
                 key = sample_id if picture is None else (sample_id, picture)
                 if picture is not None:
-                    self._ids.add(sample_id)
+                    self._pictures[sample_id] = picture
                 if key in self._found:
                     log.dropped["box records of an id that comes again"] += 1
                 self._found[key] = marshal.dumps(plain)
 
-    def of(self, sample_id: str, picture: str) -> tuple[str, tuple[Any, ...]]:
-        for key in ((sample_id, picture), sample_id):
+    def of(self, sample_id: str, picture: str | None = None) -> tuple[str, tuple[Any, ...]]:
+        """The record of a sample.
+
+        Args:
+            picture: its path below the folder of images; None where it has none, such as a picture in a table.
+
+        Raises:
+            BadRecord: there is none, or only one of another picture.
+        """
+        named = self._pictures.get(sample_id)
+        for key in ((sample_id, named if picture is None else picture), sample_id):
             if key in self._found:
-                return marshal.loads(self._found[key])
-        if sample_id in self._ids:
+                return marshal.loads(self._found[key])  # type: ignore[index]
+        if named is not None:
             raise BadRecord("the box file has this id for another picture only", picture)
-        raise BadRecord("has no record in the box file", picture)
+        raise BadRecord("has no record in the box file", sample_id if picture is None else picture)

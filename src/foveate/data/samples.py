@@ -116,3 +116,36 @@ class ConversationSample:
     image: Path | None = None
     video: Path | None = None
     boxes: tuple[BoxSet, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkQuestion:
+    """A question of a benchmark about a picture or a video.
+
+    Attributes:
+        row: number in the benchmark's file, from 1; unique.
+        name: as an error calls it: "row 3 (line 4)".
+        question_id: as the file has it; not unique in every benchmark.
+        question: as the file has it, a hint and the options apart.
+        picture: the same for questions about the same picture.
+        image, video: the file that is looked at; both None where the picture is in the benchmark's own table.
+        options: of a multiple-choice question, (letter, text) in their order.
+        answers: what is right, a letter for a multiple-choice question; () where the file does not say.
+        category, l2_category: groups that figures are given for; "" where the file has none.
+        boxes: of the image, or of each frame of the video; () where no box file is read.
+    """
+
+    row: int
+    name: str
+    question_id: int | str
+    question: str
+    picture: str
+    image: Path | None = None
+    video: Path | None = None
+    hint: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+    answers: tuple[str, ...] = ()
+    category: str = ""
+    l2_category: str = ""
+    split: str = ""
+    boxes: tuple[BoxSet, ...] = ()

@@ -85,6 +85,13 @@ STAND_INS: dict[str, str] = {
 """Pre-trained parts that methods build on: they have recipes, but no verb of their own."""
 
 
+HOSTS: dict[str, str] = {
+    "llava": "foveate.methods.hired.predictor",
+    "llava_next": "foveate.methods.hired.predictor",
+}
+"""`model_type` of models of transformers that a verb runs as they are -> where their `LlavaPredictor` is."""
+
+
 def get_method(name: str) -> Method:
     """The method of this name.
 
@@ -119,6 +126,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     proposer: Any = None,
+    keep_tokens: float | None = None,
 ) -> Any:
     """Loads a predictor.
 
@@ -131,6 +139,8 @@ def load(
         quantize: "int8" for linear layers in int8 on a CPU; `foveate evaluate --quantize int8` says what it changes.
         proposer: for methods that find regions by themselves (`everything=True`): the name of a proposer, or what
             `foveate.vision.proposals.load_proposer` gives; by default the model's own.
+        keep_tokens: for models that answer questions: the share of a picture's tokens that reaches the language model,
+            0.2 for a fifth, chosen by HiRED; `foveate.drop_visual_tokens` of the predictor does the same later.
 
     Returns:
         The predictor of the checkpoint's method, for instance `foveate.methods.dynrefer.predictor.DynReferPredictor`.
@@ -151,7 +161,13 @@ def load(
             door = method.predictor.from_pretrained
             if quantize is not None and "quantize" not in inspect.signature(door).parameters:
                 raise InputError(f"{os.fspath(name)} does not run in {quantize}; leave quantize out.")
-            return door(folder, device=where, dtype=precision, **options)
+            return _dropping(door(folder, device=where, dtype=precision, **options), keep_tokens)
+    if model_type in HOSTS:
+        for option, value in (("quantize", quantize), ("proposer", proposer)):
+            if value is not None:
+                raise InputError(f"{os.fspath(name)} is a LLaVA, which takes no {option}; leave it out.")
+        door = importlib.import_module(HOSTS[model_type]).LlavaPredictor.from_pretrained
+        return _dropping(door(folder, device=where, dtype=precision), keep_tokens)
     if not isinstance(model_type, str):
         raise CheckpointError(f"{folder / 'config.json'} does not say its model_type; copy the checkpoint again.")
     ready = [model for model in shipped_models() if _is_method(model)]
@@ -159,6 +175,13 @@ def load(
         f"{os.fspath(name)} is a {model_type!r} model, a part that methods build on and not a method itself; "
         f"load it with transformers, or give a model of: {', '.join(ready) or ', '.join(METHODS)}."
     )
+
+
+def _dropping(predictor: Any, keep_tokens: float | None) -> Any:
+    """The predictor, dropping visual tokens where a share is given."""
+    if keep_tokens is not None:
+        importlib.import_module("foveate.methods.hired.dropping").drop_visual_tokens(predictor, keep_tokens)
+    return predictor
 
 
 def register() -> None:

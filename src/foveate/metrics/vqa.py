@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import string
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from foveate.errors import InputError
 from foveate.metrics._checks import string_sequence
@@ -123,13 +125,34 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, count / 3) for count in others) / len(answers)
 
 
-def extract_letters(prediction: str, *, rule: str = "strict") -> str:
+def exact_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether an answer is one of `answers`, but for case, white space around it and full stops at its end (as GQA).
+
+    Raises:
+        InputError: there is no answer, or something is not a string.
+    """
+    answers = _checked(prediction, answers)
+    return _bare(prediction) in map(_bare, answers)
+
+
+def normalised_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether an answer is one of `answers` after `normalise_answer`.
+
+    Raises:
+        InputError: there is no answer, or something is not a string.
+    """
+    answers = _checked(prediction, answers)
+    return normalise_answer(prediction) in map(normalise_answer, answers)
+
+
+def extract_letters(prediction: str, *, rule: str = "strict", options: str = string.ascii_uppercase) -> str:
     """The option letter in an answer to a multiple-choice question, "" where there is none.
 
     Args:
         rule: "strict", the official rule: the first run of the capitals A to D, wherever it stands ("Both" gives "B",
-            "AB" gives "AB"; E and beyond are never found). "robust": a capital named as the answer, or else the first
-            that stands by itself, of the whole alphabet.
+            "AB" gives "AB"; E and beyond are never found). "robust": a letter of `options` that is named as the answer,
+            or else the first that stands by itself as a capital.
+        options: the letters that the question has; the strict rule does not ask.
 
     Raises:
         InputError: no string, or no such rule.
@@ -141,8 +164,9 @@ def extract_letters(prediction: str, *, rule: str = "strict") -> str:
         return found.group() if found else ""
     if rule != "robust":
         raise InputError(f"there is no rule {rule!r} for option letters; use strict or robust.")
-    found = _NAMED_LETTER.search(prediction) or _LONE_LETTER.search(prediction)
-    return found.group(1).upper() if found else ""
+    candidates = chain(_NAMED_LETTER.finditer(prediction), _LONE_LETTER.finditer(prediction))
+    # "I think it is B" has a lone capital that is no option.
+    return next((letter for found in candidates if (letter := found.group(1).upper()) in options), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +215,10 @@ def circular_accuracy(
         {name: sum(verdicts) / len(verdicts) for name, verdicts in groups.items()},
         len(right),
     )
+
+
+def _bare(text: str) -> str:
+    return text.strip().rstrip(".").lower().strip()
 
 
 def _collapsed(text: str) -> str:

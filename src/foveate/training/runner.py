@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def evaluate(
     out: str | Path | None = None,
     *,
     quantize: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Evaluate a model folder on the recipe's evaluation data; the metrics are written to OUTPUT/evaluation.json.
 
@@ -81,6 +83,7 @@ def evaluate(
 
     Args:
         quantize: "int8" evaluates the model twice on the CPU, quantised (files of its own go to OUTPUT/int8) and not.
+        progress: called with (units done, units in all) by methods that say how far they are.
 
     Raises:
         RecipeError: see `load_recipe`.
@@ -93,6 +96,8 @@ def evaluate(
         )
 
     run = recipe_module(recipe.method).evaluate
+    if "progress" in inspect.signature(run).parameters:
+        run = partial(run, progress=progress)
     if quantize is None:
         metrics, seconds = _timed(recipe, run, model)
         result = EvaluationResult(recipe.method, str(model), metrics, seconds)

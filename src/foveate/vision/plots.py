@@ -39,6 +39,7 @@ def line_chart(
     x_label: str = "",
     y_label: str = "",
     baselines: Mapping[str, float] | None = None,
+    x_names: Sequence[str] = (),
     size: tuple[int, int] = (800, 500),
 ) -> Image.Image:
     """Draw one line per series, dots at its points, and one dashed horizontal line per baseline.
@@ -50,6 +51,8 @@ def line_chart(
         series: label -> (x values, y values), at least one, each with as many x as y.
         title, x_label, y_label: text around the plot; an empty one takes no room.
         baselines: label -> y.
+        x_names: what x = 0, 1, ... stand for, where they are no amounts: written below the axis in place of numbers,
+            and dots are not joined.
         size: width and height in pixels, at least 320 x 240.
 
     Returns:
@@ -66,8 +69,10 @@ def line_chart(
     lines = {label: _points(label, *values) for label, values in series.items()}
     levels = {label: float(value) for label, value in (baselines or {}).items()}
     _check(lines, levels, size)
+    if x_names and any(x not in range(len(x_names)) for points in lines.values() for x in points[:, 0]):
+        raise InputError(f"with {len(x_names)} names, x must be 0 to {len(x_names) - 1}, whole numbers.")
     values = np.concatenate(list(lines.values()))
-    x_ticks = _ticks(*_span(values[:, 0].tolist()), 10)
+    x_ticks = [-0.5, len(x_names) - 0.5] if x_names else _ticks(*_span(values[:, 0].tolist()), 10)
     y_ticks = _ticks(*_span([*values[:, 1].tolist(), *levels.values()], from_zero=True), 7)
 
     width, height = size
@@ -90,7 +95,7 @@ def line_chart(
     pen = _Pen(ImageDraw.Draw(canvas))
     for y in y_ticks:
         pen.line([place((x_ticks[0], y)), place((x_ticks[-1], y))], _GRID, 1)
-    for x in x_ticks:
+    for x in range(len(x_names)) if x_names else x_ticks:
         at = place((x, y_ticks[0]))
         pen.line([at, (at[0], at[1] + 5)], _AXIS, 1)
     pen.line(
@@ -100,10 +105,11 @@ def line_chart(
         pen.dashes(place((x_ticks[0], level)), place((x_ticks[-1], level)), colours[label], 1.8)
     for label, points in lines.items():
         placed = [place(point) for point in points]
-        pen.line(placed, colours[label], 2.2)
+        if not x_names:
+            pen.line(placed, colours[label], 2.2)
         # More dots than this would hide the line they sit on.
-        if len(placed) <= 30:
-            pen.dots(placed, colours[label], 3.6)
+        if len(placed) <= 30 or x_names:
+            pen.dots(placed, colours[label], 6.0 if x_names else 3.6)
     legend_at = _legend_positions(rows, small, left, top - 8 - 20 * len(rows))
     for label, (x, y) in legend_at.items():
         if label in levels:
@@ -120,7 +126,7 @@ def line_chart(
         draw.text((x + 30, y + 10), label, fill=_TEXT, font=small, anchor="lm")
     for y, name in zip(y_ticks, y_names, strict=True):
         draw.text((left - 8, place((x_ticks[0], y))[1]), name, fill=_AXIS, font=small, anchor="rm")
-    for x, name in zip(x_ticks, _tick_names(x_ticks), strict=True):
+    for x, name in enumerate(x_names) if x_names else zip(x_ticks, _tick_names(x_ticks), strict=True):
         draw.text((place((x, y_ticks[0]))[0], bottom + 9), name, fill=_AXIS, font=small, anchor="mt")
     if x_label:
         draw.text(((left + right) / 2, height - 12), x_label, fill=_TEXT, font=small, anchor="ms")

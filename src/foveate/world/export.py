@@ -1,4 +1,4 @@
-"""Rendered scenes as datasets on disk, in the layouts of Visual Genome, RefCOCOg, COCO and LLaVA.
+"""Rendered scenes as datasets on disk, in the layouts of Visual Genome, RefCOCOg, COCO, LLaVA, TextVQA and MMBench.
 
 The files have the key names of the real releases, so that the readers in `foveate.data` (and other people's) read both
 with no special case. What the real formats have no place for stands in optional extra keys: `object_id` and `tags` of a
@@ -7,6 +7,7 @@ region description, `attributes`, `negative_attributes` and `tags` of annotation
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import multiprocessing
@@ -16,7 +17,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -28,17 +29,20 @@ from typing import Any
 
 from PIL import Image
 
-from foveate.data import CONVERSATIONS, FORMATS, check_format
+from foveate.data import CONVERSATIONS, FORMATS, QUESTIONS, check_format
 from foveate.data.boxes import xyxy_to_xywh
+from foveate.data.tables import LONGEST_REFERENCE
 from foveate.data.visual_genome import MAX_PHRASE_WORDS
 from foveate.errors import InputError
 from foveate.files import atomic_folder
+from foveate.metrics.vqa import MAIN_ROWS
 from foveate.vision.images import encode_rle
 from foveate.world.scenes import Scene, render_scene
-from foveate.world.vocabulary import category_names
+from foveate.world.vocabulary import category_names, colour_names, raw_vocabulary
 
 MANIFEST = "dataset.json"
 MANIFEST_VERSION = 1
+OPTIONS = ("A", "B", "C", "D")
 
 Size = int | tuple[int, int]
 
@@ -89,10 +93,11 @@ def export_scenes(
     The folder appears whole or not at all. The splits are "train" and "val" (the last scenes); RefCOCOg has
     "val_captions", too, and Visual Genome an empty "test". The same arguments write the same files. Of "llava",
     `foveate.data.open_conversations` reads SPLIT.json (questions) and SPLIT_captions.json, with SPLIT_only_box.json.
+    "textvqa" and "mmbench" are what the protocols of these names read, with SPLIT_only_box.json, too.
 
     Args:
         out: folder to write; must not exist or be empty.
-        format: "visual-genome", "refcocog", "coco" or "llava".
+        format: "visual-genome", "refcocog", "coco", "llava", "textvqa" or "mmbench".
         first_seed: seed of the first scene; the others follow by one.
         count: number of scenes, at least 1.
         size: image side, or (width, height), in pixels.
@@ -108,7 +113,7 @@ def export_scenes(
         InputError: an argument is out of range, `out` is a file or a non-empty folder, the disk has no room for so many
             scenes, or `out` cannot be written (disk full, no permission). Nothing is left behind.
     """
-    check_format(format, FORMATS | CONVERSATIONS)
+    check_format(format, FORMATS | CONVERSATIONS | QUESTIONS)
     _check_whole("count", count, 1)
     _check_whole("processes", processes, 1)
     _check_whole("first_seed", first_seed, 0)
@@ -458,8 +463,7 @@ def _write_coco(folder: Path, train: list[_Exported], val: list[_Exported]) -> d
 
 
 def _write_llava(folder: Path, train: list[_Exported], val: list[_Exported]) -> dict[str, Any]:
-    """Questions, captions to learn to see by, and the objects' boxes in the layout of MG-LLaVA's box files, whose whole
-    pixels are those of the smallest such box around the object."""
+    """Questions, captions to learn to see by, and the objects' boxes in the layout of MG-LLaVA's box files."""
     for split, scenes in (("train", train), ("val", val)):
         asked, described, boxes = [], [], []
         for scene in scenes:
@@ -477,21 +481,21 @@ def _write_llava(folder: Path, train: list[_Exported], val: list[_Exported]) -> 
             ]
             if captions:
                 described.append(key | {"conversations": _turns(captions)})
-            found = [instance.box for instance in scene.instances]
-            boxes.append(
-                key
-                | {
-                    "boxes": [
-                        [math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)] for x1, y1, x2, y2 in found
-                    ],
-                    "scores": [1.0] * len(found),
-                    "labels": [instance.category for instance in scene.instances],
-                }
-            )
+            boxes.append(key | _found(scene))
         if scenes:
             for name, content in (("", asked), ("_captions", described), ("_only_box", boxes)):
                 _write_json(folder / f"{split}{name}.json", content)
     return {}
+
+
+def _found(scene: _Exported) -> dict[str, Any]:
+    """The objects in the layout of MG-LLaVA's box files, in whole pixels of the smallest such boxes around them."""
+    corners = [instance.box for instance in scene.instances]
+    return {
+        "boxes": [[math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)] for x1, y1, x2, y2 in corners],
+        "scores": [1.0] * len(corners),
+        "labels": [instance.category for instance in scene.instances],
+    }
 
 
 def _turns(pairs: Iterable[tuple[str, str, str | None, str | None]]) -> list[dict[str, Any]]:
@@ -503,6 +507,100 @@ def _turns(pairs: Iterable[tuple[str, str, str | None, str | None]]) -> list[dic
         messages.append({"from": "gpt", "value": answer})
     messages[0]["value"] = f"<image>\n{messages[0]['value']}"
     return messages
+
+
+def _write_textvqa(folder: Path, train: list[_Exported], val: list[_Exported]) -> dict[str, Any]:
+    """LLaVA's prompts, TextVQA's annotations and the objects' boxes. A prompt is the bare question: what a sign says is
+    to be read, not taken from OCR tokens. Ten people all give the one right answer."""
+    for split, scenes in (("train", train), ("val", val)):
+        prompts, annotations, boxes = [], [], []
+        for scene in scenes:
+            name = Path(scene.file).stem
+            boxes.append({"id": name, "image": scene.file, **_found(scene)})
+            for question, answer, kind, size in scene.conversation:
+                prompts.append({"question_id": name, "image": scene.file, "text": question, "category": kind})
+                annotations.append(
+                    {
+                        "question": question,
+                        "image_id": name,
+                        "image_width": scene.width,
+                        "image_height": scene.height,
+                        "answers": [answer] * 10,
+                        "question_id": len(annotations),
+                        "set_name": split,
+                        "kind": kind,
+                        "size": size,
+                    }
+                )
+        if scenes:
+            _write_lines(folder / f"llava_textvqa_{split}_v051_ocr.jsonl", map(json.dumps, prompts))
+            _write_json(folder / f"TextVQA_0.5.1_{split}.json", {"dataset_type": split, "data": annotations})
+            _write_json(folder / f"{split}_only_box.json", boxes)
+    return {}
+
+
+def _write_mmbench(folder: Path, train: list[_Exported], val: list[_Exported]) -> dict[str, Any]:
+    """A circular table: each question once for every turn of its options. A picture stands in the first row that asks
+    about it, in base64, and the other rows name that row; category is the kind of question, l2-category the size of
+    what it is about."""
+    pools = _answer_pools((*train, *val))
+    images = folder / _IMAGES["mmbench"][0]
+    columns = ("index", "question", "hint", *OPTIONS, "answer", "category", "image", "source", "l2-category", "comment")
+    index = 0
+    for split, scenes in (("train", train), ("val", val)):
+        boxes: list[dict[str, Any]] = []
+        rows: list[str] = ["\t".join((*columns, "split"))]
+        turned: list[str] = []
+        for scene in scenes:
+            picture = base64.b64encode((images / scene.file).read_bytes()).decode("ascii")
+            for question, answer, kind, size in scene.conversation:
+                options = _options(scene, answer, pools[kind], random.Random(f"{scene.image_id} {question}"))
+                if len(options) < 2:
+                    continue
+                for turn in range(len(options)):
+                    own = dict(zip(OPTIONS, options[turn:] + options[:turn], strict=False))
+                    letter = next(name for name, text in own.items() if text == answer)
+                    cells = [str(index + turn * MAIN_ROWS), question, "", *(own.get(name, "") for name in OPTIONS)]
+                    cells += [letter, kind, picture, "foveate.world", size, "", split]
+                    (turned if turn else rows).append("\t".join(cells))
+                    picture = picture if len(picture) <= LONGEST_REFERENCE else str(index)
+                boxes.append({"id": index, **_found(scene)})
+                index += 1
+        if index > MAIN_ROWS:
+            raise InputError(f"MMBench's layout holds {MAIN_ROWS} questions and the scenes have more; ask for fewer.")
+        if scenes:
+            _write_lines(folder / f"mmbench_{split}.tsv", (*rows, *turned))
+            _write_json(folder / f"{split}_only_box.json", boxes)
+    shutil.rmtree(images)
+    return {}
+
+
+def _answer_pools(scenes: Iterable[_Exported]) -> dict[str, list[str]]:
+    """What may be offered beside the right answer, by the kind of question."""
+    pools: dict[str, set[str]] = {
+        "colour": set(colour_names()),
+        "count": {str(number) for number in range(1, 7)},
+        "text": {word.lower() for word in raw_vocabulary()["sign_words"]},
+    }
+    for scene in scenes:
+        for _, answer, kind, _ in scene.conversation:
+            pools.setdefault(kind, set()).add(answer)
+    return {kind: sorted(pool) for kind, pool in pools.items()}
+
+
+def _options(scene: _Exported, answer: str, pool: Sequence[str], draw: random.Random) -> list[str]:
+    """The right answer among up to three wrong ones, in any order. What names an object of the scene may hold of it as
+    well, so that it is offered only where it is the answer."""
+    things = {f"{colour} {each.category}" for each in scene.instances for colour in each.attributes[:1]}
+    wrong = [other for other in pool if other != answer and not any(other.endswith(thing) for thing in things)]
+    options = [answer, *draw.sample(wrong, min(len(OPTIONS) - 1, len(wrong)))]
+    draw.shuffle(options)
+    return options
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def _annotation(instance: _Described, categories: dict[str, int], annotation_id: int, image_id: int) -> dict[str, Any]:
@@ -535,10 +633,14 @@ _IMAGES = {
     "refcocog": ("train2014", "COCO_train2014_{:012d}.png"),
     "coco": ("unsorted", "{:012d}.png"),
     "llava": ("images", "{:012d}.png"),
+    "textvqa": ("train_images", "{:012d}.png"),
+    "mmbench": ("images", "{:012d}.png"),
 }
 _WRITERS = {
     "visual-genome": _write_visual_genome,
     "refcocog": _write_refcocog,
     "coco": _write_coco,
     "llava": _write_llava,
+    "textvqa": _write_textvqa,
+    "mmbench": _write_mmbench,
 }

@@ -382,6 +382,16 @@ def test_gradient_checkpointing_and_mixed_batches_have_the_same_loss(recipe: Pat
     assert losses[0] == pytest.approx(float(np.average(alone, weights=tokens)), rel=1e-5)
 
 
+def test_kept_features_give_the_same_loss(recipe: Path, tmp_path: Path) -> None:
+    """In float16, so nearly; of pictures and texts in one batch, and of texts alone."""
+    plain, kept = task(recipe), task(recipe, f"data.cache_features={tmp_path / 'features'}")
+    for chosen in (range(6), range(4, 6)):
+        batches = [built.collate([built.train_dataset[k] for k in chosen]) for built in (plain, kept)]
+        assert "pixel_values" not in batches[1]
+        losses = [built.model(**batch).loss.item() for built, batch in zip((plain, kept), batches, strict=True)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_batch_of_texts_only_reaches_every_parameter(recipe: Path) -> None:
     """Else other processes would wait for the gradients of the projectors."""
     built = task(recipe)
@@ -579,7 +589,14 @@ def test_lora_defaults_are_those_of_the_video_variant() -> None:
         "dropout": 0.05,
         "quantise": None,
     }
-    assert MGLlavaRecipe.model_fields["stage"].is_required()
+
+
+def test_what_trains_says_its_stage(recipe: Path, tmp_path: Path) -> None:
+    content = json.loads(recipe.read_text())
+    del content["stage"]
+    (tmp_path / "r.yaml").write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match="the key 'stage' is missing; add it"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_the_published_recipes_have_the_published_settings() -> None:

@@ -12,8 +12,8 @@ picture, K_v boxes of a picture, s and S sides of the two resolutions, C width o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,52 @@ class HighResTower(nn.Module):
 def projector(width: int, out: int) -> nn.Sequential:
     """Linear, exact GELU, Linear (spec 2.1)."""
     return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+
+
+@dataclass(frozen=True)
+class TowerFeatures:
+    """What the frozen towers see of V pictures, as much of it as the configuration uses.
+
+    Attributes:
+        low: (V, N, l) low-resolution tokens.
+        maps: the maps (V, C_k, n_k, n_k) of the trunk that fusion reads; none without fusion.
+        levels: pooled objects (sum of K_v, channels) for each level that is projected by itself; none without objects.
+        counts: (V,) K_v; of no entries without objects.
+    """
+
+    low: Tensor
+    maps: tuple[Tensor, ...] = ()
+    levels: tuple[Tensor, ...] = ()
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By names that `of` reads, as a batch of training carries them."""
+        numbered = {"maps": self.maps, "levels": self.levels}
+        many = {f"{name}.{k}": one for name, several in numbered.items() for k, one in enumerate(several)}
+        return {"low": self.low, "counts": self.counts, **many}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> TowerFeatures:
+        """What `tensors` gave."""
+
+        def several(name: str) -> tuple[Tensor, ...]:
+            return tuple(tensors[f"{name}.{k}"] for k in range(len(tensors)) if f"{name}.{k}" in tensors)
+
+        return cls(tensors["low"], several("maps"), several("levels"), tensors["counts"])
+
+    @classmethod
+    def join(cls, parts: Sequence[TowerFeatures]) -> TowerFeatures:
+        """The pictures of all parts, in order."""
+        maps, levels = (
+            zip(*(part.maps for part in parts), strict=True),
+            zip(*(part.levels for part in parts), strict=True),
+        )
+        return cls(
+            torch.cat([part.low for part in parts]),
+            tuple(torch.cat(one) for one in maps),
+            tuple(torch.cat(one) for one in levels),
+            torch.cat([part.counts for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -279,21 +325,24 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         fused = self.fusion(low, high.to(low.dtype))
         return fused if isinstance(fused, tuple) else (fused, None)
 
-    def object_features(self, stages: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[Tensor]:
-        """Stage maps and V tensors (K_v, 4) of boxes on the canvas -> V tensors (K_v, object width) (spec 2.4).
-
-        Pooled in float32. No gradient reaches boxes or maps; the level projectors of "multi_level" have theirs.
-        """
+    def pool_boxes(self, stages: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Stage maps and V tensors (K_v, 4) of boxes on the canvas -> features (sum of K_v, channels), one tensor for
+        each level that has a projection of its own (spec 2.4, 2.6). Pooled in float32, without gradient."""
         config = self.config
         options = {"canvas": config.box_canvas, "bins": config.object_bins, "pooling": config.object_pooling}
-        if config.object_levels == "all":
-            return pool_objects(stages, boxes, **options)
-        if config.object_levels == "last":
-            return pool_objects(stages[-1:], boxes, **options)
-        levels = [torch.cat(level).to(self.bridge_dtype) for level in pool_levels(stages, boxes, **options)]
-        projected = [project(level) for project, level in zip(self.level_projectors, levels, strict=True)]
+        if config.object_levels == "multi_level":
+            return tuple(torch.cat(level) for level in pool_levels(stages, boxes, **options))
+        pooled = pool_objects(stages if config.object_levels == "all" else stages[-1:], boxes, **options)
+        return (torch.cat(pooled),)
+
+    def object_features(self, levels: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """What `pool_boxes` gave -> V tensors (K_v, object width)."""
+        if self.config.object_levels != "multi_level":
+            return list(levels[0].split(list(counts)))
+        pairs = zip(self.level_projectors, levels, strict=True)
         # The mean over bins has been taken; being linear, it may come before projection and sum.
-        return list(torch.stack(projected).sum(dim=0).split([len(own) for own in boxes]))
+        projected = [project(level.to(self.bridge_dtype)) for project, level in pairs]
+        return list(torch.stack(projected).sum(dim=0).split(list(counts)))
 
     def merge_objects(self, low: Tensor, fused: Tensor, objects: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Image tokens and object features, one attending to the other where the configuration says so (spec 2.6)."""
@@ -309,6 +358,47 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         attended = self.object_attention(padded, low if self.config.unfused_keys else fused)
         return fused, [rows[:count] for rows, count in zip(attended, counts, strict=True)]
 
+    def look(
+        self, pixel_values: Tensor, pixel_values_aux: Tensor | None, boxes: Sequence[Tensor] | None
+    ) -> TowerFeatures:
+        """What the frozen towers see of V pictures: the half of `encode` that no training changes.
+
+        Arguments and errors as `encode`.
+        """
+        low = self.encode_low(pixel_values)
+        maps: tuple[Tensor, ...] = ()
+        levels: tuple[Tensor, ...] = ()
+        counts: list[int] = []
+        if self.config.sees_high_res:
+            if pixel_values_aux is None:
+                raise InputError("pixel_values_aux is missing: this model looks at pictures in high resolution, too.")
+            stages = self.encode_high(pixel_values_aux)
+            if self.config.fusion == "patch_info_mining" and self.config.patch_info_stages == "all":
+                maps = stages
+            elif self.config.fusion != "none":
+                maps = stages[-1:]
+            if self.config.objects != "none":
+                self._check_boxes(boxes, len(low))
+                assert boxes is not None
+                levels, counts = self.pool_boxes(stages, boxes), [len(own) for own in boxes]
+        return TowerFeatures(low, maps, levels, torch.tensor(counts))
+
+    def bridge(self, seen: TowerFeatures) -> VisualTokens:
+        """Fusion, object features and projectors: the half of `encode` that is trained."""
+        low = seen.low.to(self.bridge_dtype)
+        fused, logit = self.fuse(low, seen.maps)
+        objects: list[Tensor] = []
+        counts = seen.counts.tolist()
+        if self.config.objects != "none":
+            fused, objects = self.merge_objects(low, fused, self.object_features(seen.levels, counts))
+        image, kept = self.project_image(fused)
+        if self.config.has_object_tokens:
+            projected = self.box_projector(torch.cat(objects).to(self.bridge_dtype))
+            tokens = projected.split(counts)
+        else:
+            tokens = tuple(image[0].new_zeros(len(image), 0, image[0].shape[-1]))
+        return VisualTokens(image, tokens, None if logit is None else torch.tanh(logit.detach()), kept)
+
     def encode(
         self, pixel_values: Tensor, pixel_values_aux: Tensor | None, boxes: Sequence[Tensor] | None
     ) -> VisualTokens:
@@ -323,26 +413,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         Raises:
             InputError: sizes that do not fit, a picture without a box, or a missing input.
         """
-        low = self.encode_low(pixel_values)
-        stages: tuple[Tensor, ...] = ()
-        if self.config.sees_high_res:
-            if pixel_values_aux is None:
-                raise InputError("pixel_values_aux is missing: this model looks at pictures in high resolution, too.")
-            stages = self.encode_high(pixel_values_aux)
-        fused, logit = self.fuse(low, stages)
-        objects: list[Tensor] = []
-        if self.config.objects != "none":
-            self._check_boxes(boxes, len(low))
-            assert boxes is not None
-            fused, objects = self.merge_objects(low, fused, self.object_features(stages, boxes))
-        image, kept = self.project_image(fused)
-        if self.config.has_object_tokens:
-            counts = [len(own) for own in objects]
-            projected = self.box_projector(torch.cat(objects).to(self.bridge_dtype))
-            tokens = projected.split(counts)
-        else:
-            tokens = tuple(image[0].new_zeros(len(image), 0, image[0].shape[-1]))
-        return VisualTokens(image, tokens, None if logit is None else torch.tanh(logit.detach()), kept)
+        return self.bridge(self.look(pixel_values, pixel_values_aux, boxes))
 
     @property
     def projects_tokens(self) -> bool:
@@ -453,6 +524,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         box_counts: Tensor | None = None,
         visual_counts: Tensor | Sequence[int] | None = None,
         visual_tokens: VisualTokens | None = None,
+        tower_features: Mapping[str, Tensor] | None = None,
     ) -> MGLlavaOutput:
         """Logits, or the loss where labels are given: next-token cross-entropy, the mean over the learnt tokens of the
         batch (spec 3.2).
@@ -464,13 +536,16 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             visual_counts: pictures of each placeholder, in order; by default 1 for an image and `num_frames` for a
                 video. Pictures beyond their sum belong to no text and are passed over.
             visual_tokens: what `encode` gave, instead of pictures and boxes.
+            tower_features: `TowerFeatures.tensors` of what `look` gave, instead of pictures and boxes.
 
         Raises:
             InputError: inputs that do not fit each other.
         """
         assert input_ids is not None
         visual = visual_tokens
-        if visual is None and pixel_values is not None:
+        if visual is None and tower_features is not None:
+            visual = self.bridge(TowerFeatures.of(tower_features))
+        elif visual is None and pixel_values is not None:
             visual = self.encode(pixel_values, pixel_values_aux, _split_boxes(boxes, box_counts))
         inputs = self.assemble(
             input_ids, attention_mask, self._by_placeholder(input_ids, attention_mask, visual, visual_counts), labels

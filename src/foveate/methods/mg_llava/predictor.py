@@ -6,39 +6,32 @@ questions of a call about the same picture; a conversation also keeps what the l
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
 
 from foveate.checkpoints import WEIGHTS
 from foveate.errors import InputError
-from foveate.language.decoding import (
-    Sampling,
-    TextStream,
-    TokenStream,
-    crop_cache,
-    end_tokens,
-    generate_texts,
-)
+from foveate.language.chat import ChatPredictor, Conversation, ask_in_batches, read_sampling, with_placeholder
+from foveate.language.decoding import Sampling, TextStream
 from foveate.language.lm import check_tokenizer
 from foveate.language.templates import (
     IMAGE,
-    PLACEHOLDERS,
     VIDEO,
     encode_turns,
     separator_ids,
 )
 from foveate.vision.box_file import BoxFile
 from foveate.vision.images import load_image
+from foveate.vision.kept_tokens import KeptTokens, square_region
 from foveate.vision.proposals import find_regions, load_proposer
 from foveate.vision.video import is_video, load_video
 
@@ -63,6 +56,7 @@ class Answer:
             it was given; empty where there were none.
         gate: tanh of the fusion's gate for each picture, how much of the high resolution is let in; () without a gate.
         milliseconds: where the time went: "boxes", "pictures", "towers", "answer".
+        kept: of each picture or frame, which of its image tokens the model read; empty where none are dropped.
     """
 
     text: str
@@ -71,6 +65,7 @@ class Answer:
     boxes: tuple[tuple[Box, ...], ...] = ()
     gate: tuple[float, ...] = field(default=(), compare=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
+    kept: tuple[KeptTokens, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return self.text
@@ -84,12 +79,14 @@ class Seen:
         tokens: image and object tokens of its pictures.
         kind: `<image>` or `<video>`.
         boxes, milliseconds: as in `Answer`.
+        kept: as in `Answer`.
     """
 
     tokens: VisualTokens
     kind: str
     boxes: tuple[tuple[Box, ...], ...]
     milliseconds: dict[str, float]
+    kept: tuple[KeptTokens, ...] = ()
 
     @property
     def gate(self) -> tuple[float, ...]:
@@ -102,9 +99,10 @@ class _Prepared:
     kind: str
     boxes: tuple[tuple[Box, ...], ...]
     milliseconds: dict[str, float]
+    regions: list[np.ndarray]  # (1, 4) of each picture, the part of it that the image tokens show
 
 
-class MGLlavaPredictor:
+class MGLlavaPredictor(ChatPredictor):
     """Answers questions about pictures and videos. Thread-safe to call: nothing is changed by a call.
 
     Args:
@@ -192,39 +190,7 @@ class MGLlavaPredictor:
             InputError: a picture, box, question or option is wrong; the sentence says which.
             CheckpointError: the model gives non-finite numbers.
         """
-        if not isinstance(questions, str | list | tuple):
-            raise InputError(f"a question must be a text, or a list of them, not {questions!r:.80}.")
-        single = isinstance(questions, str) and not isinstance(images, list)
-        asked = [questions] if isinstance(questions, str) else list(questions)
-        many = isinstance(images, list)
-        sources = list(images) if many else [images]
-        records = list(boxes) if many and boxes is not None else [boxes] * len(sources)
-        if many and len(asked) == 1:
-            asked *= len(sources)
-        if many and not len(sources) == len(asked) == len(records):
-            raise InputError(
-                f"{len(sources)} pictures, {len(asked)} questions and {len(records)} entries of boxes are given; a "
-                "list of pictures needs as many of each."
-            )
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
-        sampling, stops = self._sampling(generation)
-        # Questions are looked at before pictures are: a mistake in the last must not cost the time of all the others.
-        prompts = [self._prompt(question, _kind(sources[i if many else 0])) for i, question in enumerate(asked)]
-        keys = [_key(sources[i if many else 0], records[i if many else 0]) for i in range(len(asked))]
-        answers: list[Answer] = []
-        known: dict[Any, Seen | None] = {}
-        for start in range(0, len(asked), batch_size):
-            rows = range(start, min(start + batch_size, len(asked)))
-            # Pictures that are not asked about again need not be kept.
-            known = {key: seen for key, seen in known.items() if key in keys[start:]}
-            new = {keys[row]: row if many else 0 for row in rows if keys[row] not in known}
-            seen = self.see_all([sources[i] for i in new.values()], [records[i] for i in new.values()])
-            known |= dict(zip(new, seen, strict=True))
-            answers += self._answer([prompts[row] for row in rows], [known[keys[row]] for row in rows], sampling, stops)
-            if progress is not None:
-                progress(len(answers), len(asked))
-        return answers[0] if single else answers
+        return ask_in_batches(self, images, questions, boxes, batch_size, progress, generation)
 
     def conversation(self, image: Any = None, *, boxes: Any = None, **generation: Any) -> Conversation:
         """A conversation about a picture or a video, which is encoded once.
@@ -262,7 +228,7 @@ class MGLlavaPredictor:
                 continue
             own = tokens.take(range(first, first + len(one.pictures)))
             first += len(one.pictures)
-            seen.append(Seen(own, one.kind, one.boxes, {**one.milliseconds, "towers": took}))
+            seen.append(Seen(own, one.kind, one.boxes, {**one.milliseconds, "towers": took}, _kept(own, one.regions)))
         return seen
 
     # ---------------------------------------------------------------- inside
@@ -296,7 +262,9 @@ class MGLlavaPredictor:
             for own, image, picture in zip(records, images, pictures, strict=True)
         )
         times = {"boxes": proposing, "pictures": self._milliseconds(started) - proposing}
-        return _Prepared(pictures, VIDEO if video else IMAGE, used, times)
+        padded = self.model.config.pad_to_square and not video
+        regions = [square_region(*image.size, padded=padded) for image in images]
+        return _Prepared(pictures, VIDEO if video else IMAGE, used, times, regions)
 
     def _propose(self, image: Image.Image) -> Any:
         assert self.proposer is not None
@@ -308,44 +276,27 @@ class MGLlavaPredictor:
         labels = [f"#{number}" for number in range(len(found.boxes))]
         return {"boxes": found.boxes, "scores": found.scores.tolist(), "labels": labels}
 
-    def _milliseconds(self, started: float) -> float:
-        if self.model.device.type == "cuda":  # which works behind the program
-            torch.cuda.synchronize(self.model.device)
-        return 1000 * (time.perf_counter() - started)
-
     def _encode(self, pictures: Sequence[Picture]) -> VisualTokens:
         device = self.model.device
         batch = stack_pictures(pictures)
         high = batch["pixel_values_aux"].to(device) if self.model.config.sees_high_res else None
         return self.model.encode(batch["pixel_values"].to(device), high, [picture.boxes for picture in pictures])
 
+    def _kind(self, source: Any) -> str | None:
+        return None if source is None else VIDEO if is_video(source) else IMAGE
+
     def _sampling(self, generation: dict[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
-        given = dict(generation)
-        stops = given.pop("stops", ())
-        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise InputError(f"stops must be a list of texts, not {stops!r}.")
-        sampling = Sampling.of({**self.model.config.generation, **given})
+        sampling, stops = read_sampling(generation, self.model.config.generation)
         return sampling, (*self.processor.template.stops, *stops)
 
-    def _prompt(self, question: str, kind: str | None, *, first: bool = True) -> list[int]:
+    def _prompt(self, question: str, kind: str | None, turns: Sequence[Any] = ()) -> list[int]:
         """Ids of a question in its template, with a placeholder where a picture belongs to it.
 
         Raises:
             InputError: no text, too long, or with more or other placeholders than pictures.
         """
-        if not isinstance(question, str) or not question.strip():
-            raise InputError(f"a question must be a text, not {question!r}.")
-        try:
-            question.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"a question must be Unicode, and {question!r:.80} is not; give it in UTF-8.") from None
-        written = [placeholder for placeholder in PLACEHOLDERS for _ in range(question.count(placeholder))]
-        if kind is None and written:
-            raise InputError(f"the question has {written[0]}, but there is no picture that it could stand for.")
-        if written and written != [kind]:
-            raise InputError(f"the question may hold {kind} once, and has {', '.join(written)}.")
-        if kind is not None and not written:
-            question = f"{kind}\n{question}"
+        question = with_placeholder(question, kind)
+        first = not turns
         ids, _ = encode_turns([self.processor.template.render(question)], self.processor.tokenizer, first=first)
         most = self.model.config.max_text_length
         if len(ids) > most:
@@ -354,147 +305,57 @@ class MGLlavaPredictor:
             )
         return ids
 
+    def _after(self, text: TextStream) -> list[int]:
+        """Ids of what ends a turn."""
+        template, tokenizer = self.processor.template, self.processor.tokenizer
+        ending = tokenizer.encode(template.suffix, add_special_tokens=False) if template.suffix else []
+        if template.adds_eos and tokenizer.eos_token_id is not None:
+            ending.append(tokenizer.eos_token_id)
+        return [*ending, *separator_ids(template.separator, tokenizer)]
+
     def _visual(self, seen: Seen | None) -> list[Tensor]:
         return [] if seen is None else [seen.tokens.sequence(0, len(seen.tokens))]
 
-    def _check_context(self, tokens: int) -> None:
-        """Warns where the language model has seen no text of this length (spec 3.4)."""
-        longest = getattr(self.model.config.language_config, "max_position_embeddings", None)
-        if longest is not None and tokens > longest:
-            warnings.warn(
-                f"{tokens} tokens of pictures, text and answer are more than the {longest} that the language model was "
-                "made for; answers may be poor: give fewer boxes or frames, or set its rope_scaling",
-                stacklevel=4,
-            )
+    @property
+    def _context(self) -> int | None:
+        """Tokens of the longest text that the language model has seen, where that is known."""
+        return getattr(self.model.config.language_config, "max_position_embeddings", None)
 
-    @torch.inference_mode()
-    def _answer(
-        self, prompts: Sequence[list[int]], seen: Sequence[Seen | None], sampling: Sampling, stops: Sequence[str]
-    ) -> list[Answer]:
-        started = time.perf_counter()
+    @property
+    def _speaker(self) -> tuple[Any, Any]:
+        """The language model and its tokenizer."""
+        return self.model.language_model, self.processor.tokenizer
+
+    def _embed(self, prompts: Sequence[list[int]], seen: Sequence[Seen | None]) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of prompts with their pictures, padded on the left."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         visuals = [tokens for one in seen for tokens in self._visual(one)]
         inputs = self.model.assemble(ids, mask, visuals, left_padding=True)
-        self._check_context(inputs.inputs_embeds.shape[1] + sampling.max_new_tokens)
-        texts = generate_texts(
-            self.model.language_model,
-            self.processor.tokenizer,
-            inputs.inputs_embeds,
-            inputs.attention_mask,
-            sampling,
-            stops=stops,
-        )
-        took = 1000 * (time.perf_counter() - started) / len(prompts)
-        return [_answer(text, one, took) for text, one in zip(texts, seen, strict=True)]
+        return inputs.inputs_embeds, inputs.attention_mask
 
-
-class Conversation:
-    """Questions about one picture, each with the ones before in mind. Safe to use from several threads, one turn after
-    the other.
-
-    The picture and everything said so far stay in the language model's cache; a turn reads only what is new. Between
-    turns stand the tokens of training: the end of an answer, the separator, the start token (spec 3.3, 4).
-
-    Attributes:
-        turns: (question, answer) of each turn so far.
-    """
-
-    def __init__(self, predictor: MGLlavaPredictor, seen: Seen | None, generation: dict[str, Any]) -> None:
-        self.predictor = predictor
-        self.seen = seen
-        self.turns: list[tuple[str, Answer]] = []
-        self._generation = generation
-        self._cache: Any = DynamicCache()
-        self._unread: list[int] = []  # ids that the next turn reads before its question
-        self._lock = threading.Lock()
-        self._speaker: int | None = None  # the thread whose answer is being given
-
-    def ask(self, question: str, **generation: Any) -> Answer:
-        """The answer of the next question. Arguments and errors as `MGLlavaPredictor.ask`."""
-        for _ in self.stream(question, **generation):
-            pass
-        return self.turns[-1][1]
-
-    def stream(self, question: str, **generation: Any) -> Generator[str, None, None]:
-        """The answer piece by piece; the turn is done when the last has been taken.
-
-        A stream that is given up early ends the answer there; what was said stays said.
-        """
-        sampling, stops = self.predictor._sampling({**self._generation, **generation})
-        return self._stream(question, sampling, stops)
-
-    def _stream(self, question: str, sampling: Sampling, stops: Sequence[str]) -> Generator[str, None, None]:
-        if self._speaker == threading.get_ident():
-            raise InputError("the answer before is still being streamed; take the rest of it, or close it.")
-        with self._lock:
-            self._speaker = threading.get_ident()
-            try:
-                first = not self.turns
-                if not first:
-                    self._refuse_placeholders(question)
-                kind = self.seen.kind if self.seen is not None and first else None
-                prompt = self.predictor._prompt(question, kind, first=first)
-                yield from self._run(question, prompt, first, sampling, stops)
-            finally:
-                self._speaker = None
-
-    def _refuse_placeholders(self, question: Any) -> None:
-        for placeholder in PLACEHOLDERS:
-            if isinstance(question, str) and placeholder in question:
-                raise InputError(f"{placeholder} may stand in the first question only; start another conversation.")
-
-    def _run(
-        self, question: str, prompt: list[int], first: bool, sampling: Sampling, stops: Sequence[str]
-    ) -> Iterator[str]:
-        predictor, model, tokenizer = self.predictor, self.predictor.model, self.predictor.processor.tokenizer
-        started = time.perf_counter()
-        read = self._cache.get_seq_length()
-        with torch.inference_mode():
-            ids = torch.tensor([self._unread + prompt])
-            inputs = model.assemble(ids, None, predictor._visual(self.seen) if first else [])
-        length = inputs.inputs_embeds.shape[1]
-        predictor._check_context(read + length + sampling.max_new_tokens)
-        ends = sorted(end_tokens(model.language_model, tokenizer, stops))
-        text = TextStream(tokenizer, stops=stops, ends=ends)
-        stream = TokenStream(model.language_model, sampling, self._cache)
-        try:
-            for token in stream.run(inputs.inputs_embeds):
-                if new := text.push(int(token)):
-                    yield new
-                if text.finished:
-                    break
-            if rest := text.close():
-                yield rest
-        except GeneratorExit:  # given up early, between two tokens
-            self._settle(question, text, read + length, started)
-            raise
-        except BaseException:
-            # As if the question had not been asked; a step that was broken off may have reached some layers only.
-            crop_cache(self._cache, read)
-            raise
-        self._settle(question, text, read + length, started)
-
-    def _settle(self, question: str, text: TextStream, prompt_end: int, started: float) -> None:
-        """Notes the turn, leaves the cache at the answer's last token, and what ends a turn to be read with the next
-        question."""
-        tokenizer, template = self.predictor.processor.tokenizer, self.predictor.processor.template
-        crop_cache(self._cache, prompt_end + len(text.ids))
-        kept = max(0, self._cache.get_seq_length() - prompt_end)  # tokens of the answer that have been read
-        ending = tokenizer.encode(template.suffix, add_special_tokens=False) if template.suffix else []
-        if template.adds_eos and tokenizer.eos_token_id is not None:
-            ending.append(tokenizer.eos_token_id)
-        self._unread = [*text.ids[kept:], *ending, *separator_ids(template.separator, tokenizer)]
-        self.turns.append((question, _answer(text, self.seen, 1000 * (time.perf_counter() - started))))
+    def _finished(self, text: TextStream, seen: Seen | None, milliseconds: float) -> Answer:
+        return _answer(text, seen, milliseconds)
 
 
 def _answer(text: TextStream, seen: Seen | None, milliseconds: float) -> Answer:
     answer = Answer(text.text.strip(), "stop" if text.stopped else "length", len(text.ids))
     if seen is None:
         return replace(answer, milliseconds={"answer": milliseconds})
+    answer = replace(answer, kept=seen.kept)
     times = {**seen.milliseconds, "answer": milliseconds}
     return replace(answer, boxes=seen.boxes, gate=seen.gate, milliseconds=times)
+
+
+def _kept(tokens: VisualTokens, regions: Sequence[np.ndarray]) -> tuple[KeptTokens, ...]:
+    if tokens.kept is None:
+        return ()
+    counts = [len(own) for own in tokens.image]
+    return tuple(
+        KeptTokens(keep[None], region, len(keep), count)
+        for keep, region, count in zip(tokens.kept.cpu().numpy(), regions, counts, strict=True)
+    )
 
 
 def _load_proposer(proposer: str | Path | BoxSource | None) -> BoxSource | None:
@@ -502,12 +363,3 @@ def _load_proposer(proposer: str | Path | BoxSource | None) -> BoxSource | None:
     if isinstance(loaded, BoxFile):
         raise InputError(f"{loaded.path} is a file of boxes; give each picture's with `boxes`.")
     return loaded
-
-
-def _kind(source: Any) -> str | None:
-    return None if source is None else VIDEO if is_video(source) else IMAGE
-
-
-def _key(source: Any, boxes: Any) -> Any:
-    """The same for the same picture with the same boxes."""
-    return str(source) if isinstance(source, str | Path) else id(source), id(boxes)

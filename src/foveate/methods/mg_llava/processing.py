@@ -27,7 +27,7 @@ from foveate.language.templates import (
 from foveate.ops.boxes import validate_boxes
 from foveate.vision.images import ImageSource, load_image
 
-from .boxes import CLOSE, prepare_boxes, square_offset
+from .boxes import CLOSE, PreparedBoxes, prepare_boxes, square_offset
 from .configuration import MGLlavaConfig, is_number
 
 PROCESSOR_FILE = "processor_config.json"
@@ -178,24 +178,28 @@ class MGLlavaProcessor:
     def _with_boxes(
         self, picture: Image.Image, low: Tensor, aux: Tensor, boxes: Any, text_length: int | None, pad: bool
     ) -> Picture:
+        prepared = self.prepare_boxes(boxes, picture.size, text_length=text_length, pad=pad)
+        return Picture(low, aux, torch.from_numpy(prepared.boxes), prepared.sources)
+
+    def prepare_boxes(
+        self, boxes: Any, size: tuple[int, int], *, text_length: int | None = None, pad: bool | None = None
+    ) -> PreparedBoxes:
+        """Boxes of a picture of (width, height) pixels on the canvas. Other arguments and errors as `picture`."""
         config = self.config
-        record = BoxRecord.parse(boxes, size=picture.size, limit=config.box_limit)
-        crowded = text_length is not None and text_length >= config.max_text_length - CLOSE
-        prepared = prepare_boxes(
+        record = BoxRecord.parse(boxes, size=size, limit=config.box_limit)
+        return prepare_boxes(
             record.boxes,
             record.labels,
             record.scores,
-            picture.width,
-            picture.height,
+            *size,
             canvas=config.box_canvas or config.high_res_size,
-            pad_to_square=pad,
+            pad_to_square=config.pad_to_square if pad is None else pad,
             iou=config.box_iou,
             limit=config.box_limit,
             mode=config.box_limit_mode,
             hard_cap=config.hard_cap,
-            crowded=crowded,
+            crowded=text_length is not None and text_length >= config.max_text_length - CLOSE,
         )
-        return Picture(low, aux, torch.from_numpy(prepared.boxes), prepared.sources)
 
     def high_resolution(self, picture: Image.Image, pad: bool) -> Tensor:
         """(3, S, S) float32: padded to a square, the short side resized to S (PIL bicubic), the centre cropped."""

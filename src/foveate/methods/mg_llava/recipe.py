@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from foveate.language.lm import check_tokenizer, load_config, load_tokenizer
 from foveate.language.official import read_safetensors
 from foveate.language.pretrained import first_line, load_complete
 from foveate.language.templates import IGNORED, PLACEHOLDERS
+from foveate.methods import load
 from foveate.training.conversations import (
     AskedQuestion,
     ConversationData,
@@ -33,7 +35,7 @@ from foveate.training.conversations import (
     turns,
     write_answers,
 )
-from foveate.training.recipes import LARGEST, Recipe, RecipeSection
+from foveate.training.recipes import LARGEST, Recipe, RecipePath, RecipeSection, TrainingSettings
 from foveate.training.sampling import SampleLengths, SampleRandom, SeededDataset
 from foveate.training.trainer import TrainingTask, split_by
 from foveate.vision.towers import VisionTower, load_tower
@@ -42,9 +44,11 @@ from foveate.vision.video import load_video
 from .adapters import Adapters, LoraSettings, check_quantisation, quantisation
 from .configuration import MGLlavaConfig, find_mg_llava
 from .conversion import convert_state_dict, trunk_config
-from .modeling import MGLlavaModel
+from .feature_cache import Entry, FeatureCache
+from .modeling import MGLlavaModel, TowerFeatures
 from .predictor import MGLlavaPredictor
 from .processing import MGLlavaProcessor, Picture, stack_pictures
+from .protocols import ProtocolSettings, evaluate_protocol
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,9 @@ class TrainingData(ConversationData):
     )
     shuffle_turns: bool = Field(
         False, description="draw the order of a conversation's questions anew, where none refers to another"
+    )
+    cache_features: RecipePath | None = Field(
+        None, description="folder that keeps what the frozen towers see of each picture, computed once for all runs"
     )
 
 
@@ -110,26 +117,52 @@ class ModelSettings(RecipeSection):
         return self
 
 
+_LEFT_OUT: Any = None
+"""The default of sections that a recipe may leave out only if another one is there; a validator sees to it."""
+
+
 class EvaluationSettings(RecipeSection):
-    data: ConversationData
+    data: ConversationData = Field(_LEFT_OUT)
+    protocol: ProtocolSettings | None = Field(
+        None, description="a published protocol on its own data, in place of `data`"
+    )
     boxes: Literal["given", "none", "shuffled"] = Field(
         "given", description="controls: no boxes at all, or those of another picture"
     )
     batch_size: int = Field(16, gt=0, le=LARGEST)
     max_new_tokens: int = Field(32, gt=0, le=100_000)
 
+    @model_validator(mode="after")
+    def _one_of_two(self) -> EvaluationSettings:
+        if (self.data is None) == (self.protocol is None):
+            raise ValueError("give either data or protocol")
+        if self.protocol is not None and "boxes" in self.model_fields_set:
+            raise ValueError("boxes is for data; set protocol.boxes")
+        return self
+
 
 class MGLlavaRecipe(Recipe):
+    """A recipe of a published protocol may leave out `stage`, `data`, `model` and `training`, all four: it only
+    evaluates."""
+
     stage: Literal["pretrain", "sft"] = Field(
-        description="pretrain: fusion and projectors learn; sft: the language model too (spec 3.2)"
+        _LEFT_OUT, description="pretrain: fusion and projectors learn; sft: the language model too (spec 3.2)"
     )
-    data: TrainingData
-    model: ModelSettings
+    data: TrainingData = Field(_LEFT_OUT)
+    model: ModelSettings = Field(_LEFT_OUT)
+    training: TrainingSettings = Field(_LEFT_OUT)
     evaluation: EvaluationSettings
 
     @model_validator(mode="after")
+    def _can_train(self) -> MGLlavaRecipe:
+        missing = [name for name in ("stage", "data", "model", "training") if getattr(self, name) is None]
+        if missing and (self.evaluation.protocol is None or len(missing) < 4):
+            raise ValueError(f"the key {missing[0]!r} is missing; add it")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_in_the_second_stage(self) -> MGLlavaRecipe:
-        if self.stage == "pretrain" and self.model.lora is not None:
+        if self.model is not None and self.stage == "pretrain" and self.model.lora is not None:
             raise ValueError("model.lora adapts the language model, which the stage pretrain leaves alone; remove it")
         return self
 
@@ -159,9 +192,33 @@ class ConversationDataset(SeededDataset):
     ) -> None:
         self.samples, self.index, self.processor, self.data = samples, list(index), processor, data
         self.replaced: Counter[str] = Counter()
+        self.cache: FeatureCache | None = None
+        self._entries: dict[int, int] = {}  # of each place of `samples`, its number in the cache
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def keep_features(self, folder: Path, model: MGLlavaModel) -> None:
+        """Have the towers see every picture now, as far as `folder` does not know it; samples then have features in
+        the place of pictures.
+
+        Raises:
+            InputError, RecipeError: as `FeatureCache`.
+        """
+        entries: dict[Any, int] = {}
+        listed: list[Entry] = []
+        for place in self.index:
+            sample = self.samples[place]
+            path = sample.video or sample.image
+            if path is None:
+                continue
+            records = tuple(box_record(boxes) for boxes in sample.boxes)
+            key = (path, json.dumps(records))
+            if key not in entries:
+                entries[key] = len(listed)
+                listed.append(Entry(path, sample.video is not None, records))
+            self._entries[place] = entries[key]
+        self.cache = FeatureCache(folder, listed, model, self.processor)
 
     def lengths(self) -> SampleLengths:
         """Words of each conversation; kinds: 0 text only, 1 an image, 2 a video. Visual tokens are as many for each."""
@@ -175,11 +232,16 @@ class ConversationDataset(SeededDataset):
     def sample(self, index: int, random: SampleRandom) -> dict[str, Any]:
         reason = ""
         for bad in range(MOST_BAD_IN_A_ROW):
-            sample = self.samples[self.index[(index + bad) % len(self)]]
+            place = self.index[(index + bad) % len(self)]
+            sample = self.samples[place]
             try:
                 ids, labels = self.processor.encode(self.messages(sample, random))
                 if any(label != IGNORED for label in labels):
-                    return {"input_ids": ids, "labels": labels, "pictures": self._pictures(sample, len(ids))}
+                    learnt = {"input_ids": ids, "labels": labels}
+                    if self.cache is None:
+                        return learnt | {"pictures": self._pictures(sample, len(ids))}
+                    entry = self._entries.get(place)
+                    return learnt | {"features": None if entry is None else self.cache.read(entry, len(ids))}
                 reason = f"the sample {sample.sample_id} has no answer among its first {len(ids)} tokens"
                 kind = "no answer left"
             except InputError as error:
@@ -227,8 +289,13 @@ class Collate:
         self.processor = processor
         self.always_sees = split_by() is not None
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.processor.collate(samples)
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.processor.collate(samples)
+        seen = [features for sample in samples if (features := sample.get("features")) is not None]
+        if seen:
+            batch["tower_features"] = TowerFeatures.join(seen).tensors()
+            batch["visual_counts"] = torch.tensor([len(features.low) for features in seen])
+            return batch
         if self.always_sees and "pixel_values" not in batch:
             config = self.processor.config
             low, high = (torch.zeros(3, side, side) for side in (config.low_res_size, config.high_res_size))
@@ -393,7 +460,10 @@ def _continue_from(settings: ModelSettings, dtype: torch.dtype, quantised: bool)
 
 def build(recipe: MGLlavaRecipe) -> TrainingTask:
     """Data, model, collation and what is saved."""
-    check_root(recipe.evaluation.data, "evaluation.data")  # what is needed after hours of training
+    if recipe.data is None:
+        raise RecipeError("this recipe evaluates by a published protocol and has nothing to train; give another one")
+    if recipe.evaluation.protocol is None:
+        check_root(recipe.evaluation.data, "evaluation.data")  # what is needed after hours of training
     check_root(recipe.data, "data")
     parts = build_model(recipe.model, recipe.stage)
     model, processor = parts.model, parts.processor
@@ -401,9 +471,10 @@ def build(recipe: MGLlavaRecipe) -> TrainingTask:
     if recipe.model.lora is not None:
         adapters = Adapters(model, recipe.model.lora)
     samples, index = open_samples(recipe.data, recipe.seed)
-    dataset = ConversationDataset(
-        samples, present_samples(samples, index, recipe.data.skip_bad), processor, recipe.data
-    )
+    index = present_samples(samples, index, recipe.data.skip_bad)
+    dataset = ConversationDataset(samples, index, processor, recipe.data)
+    if recipe.data.cache_features is not None:
+        dataset.keep_features(recipe.data.cache_features, model)
 
     def save(folder: Path) -> None:
         trained: MGLlavaModel = model
@@ -451,13 +522,29 @@ def save_model(
 # -------------------------------------------------------------------- evaluation
 
 
-def evaluate(recipe: MGLlavaRecipe, model_path: Path) -> dict[str, Any]:
-    """Accuracy of greedy answers, by kind of question and size of what it is about.
+def evaluate(
+    recipe: MGLlavaRecipe, model_path: Path, *, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Accuracy of greedy answers, by kind of question and size of what it is about; or a published protocol (spec 5),
+    with any model that `foveate.load` gives an `ask`.
 
     An answer is right if it is the expected one after VQA's normalisation. OUTPUT/answers.jsonl has every answer,
     OUTPUT/accuracy.md the table.
+
+    Args:
+        progress: called with (questions done, questions in all).
     """
     settings = recipe.evaluation
+    if settings.protocol is not None:
+        return evaluate_protocol(
+            settings.protocol,
+            load(model_path, proposer=settings.protocol.proposer),
+            recipe.output,
+            model=model_path,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            progress=progress,
+        )
     predictor = MGLlavaPredictor.from_pretrained(model_path)
     questions = open_questions(settings.data)
     boxes = boxes_of(questions, settings.boxes)
@@ -468,6 +555,7 @@ def evaluate(recipe: MGLlavaRecipe, model_path: Path) -> dict[str, Any]:
         batch_size=settings.batch_size,
         temperature=0.0,
         max_new_tokens=settings.max_new_tokens,
+        progress=progress,
     )
     metrics = write_answers(recipe.output, questions, [answer.text for answer in said])
     gates = [value for answer in said for value in answer.gate]

@@ -63,6 +63,12 @@ class LlamaSizes(RecipeSection):
     template: str = Field("vicuna", description="of the conversations")
     length: int = Field(224, gt=0, le=100_000, description="tokens that a conversation is filled to with questions")
     text_share: float = Field(0.1, ge=0, lt=1, description="samples that are a caption by itself")
+    focus: float = Field(
+        0.6,
+        ge=0,
+        le=1,
+        description="conversations about one to four objects of the scene, from which reading is learnt",
+    )
     prompt_weight: float = Field(0.2, ge=0, description="factor of the loss on what is not an answer")
 
     @model_validator(mode="after")
@@ -141,7 +147,7 @@ class SceneWords:
         objects: one phrase per object, the largest first.
         things: "a red car" per object.
         described: per object, whether it is large and plain enough that descriptions speak of it.
-        asked: one question of each kind that the scene has.
+        asked: one question of each kind that the scene has; `about` is a place in `objects`.
         questions: all of them.
     """
 
@@ -155,7 +161,13 @@ class SceneWords:
     @classmethod
     def of(cls, scene: Scene) -> SceneWords:
         """What is true of the scene: the canonical caption where an object has one, else its colour and category."""
-        items = sorted(scene.instances, key=lambda item: -(item.box[2] - item.box[0]) * (item.box[3] - item.box[1]))
+        areas = [(item.box[2] - item.box[0]) * (item.box[3] - item.box[1]) for item in scene.instances]
+        largest = sorted(range(len(areas)), key=lambda k: -areas[k])
+        items = [scene.instances[k] for k in largest]
+
+        def listed(questions: Sequence[SceneQuestion]) -> tuple[SceneQuestion, ...]:
+            return tuple(replace(each, about=largest.index(each.about)) for each in questions)
+
         things = tuple(with_articles(f"a {item.attributes['colour']} {item.category}") for item in items)
         return cls(
             background=raw_vocabulary()["backgrounds"][scene.background],
@@ -164,8 +176,8 @@ class SceneWords:
             ),
             things=things,
             described=tuple(item.describable for item in items),
-            asked=tuple(scene.questions),
-            questions=tuple(scene.all_questions),
+            asked=listed(scene.questions),
+            questions=listed(scene.all_questions),
         )
 
     def context(self, order: Sequence[int] | None = None) -> str:
@@ -181,6 +193,25 @@ class SceneWords:
         """The three largest things in their place."""
         largest = [thing for thing, described in zip(self.things, self.described, strict=True) if described][:3]
         return scene_caption_of(self.background, largest)
+
+    def focused(self, kept: Sequence[int]) -> SceneWords:
+        """Some of the objects, and the questions that their phrases answer; how many there are is not among these."""
+
+        def left(questions: Sequence[SceneQuestion]) -> tuple[SceneQuestion, ...]:
+            return tuple(
+                replace(each, about=kept.index(each.about))
+                for each in questions
+                if each.about in kept and each.kind != "count"
+            )
+
+        return replace(
+            self,
+            objects=tuple(self.objects[k] for k in kept),
+            things=tuple(self.things[k] for k in kept),
+            described=tuple(self.described[k] for k in kept),
+            asked=left(self.asked),
+            questions=left(self.questions),
+        )
 
     def exchanged(self, change: Callable[[str], str]) -> SceneWords:
         """The scene with every phrase changed by the same function."""
@@ -287,7 +318,11 @@ class WorldTalk(SeededDataset):
 
     def sample(self, index: int, random: SampleRandom) -> dict[str, list[int]]:
         draw = random.numpy
-        scene = self.scenes[index].exchanged(random_exchange(draw))
+        scene = self.scenes[index]
+        if draw.random() < self.sizes.focus:
+            number = min(int(draw.integers(1, 5)), len(scene.objects))
+            scene = scene.focused(sorted(draw.choice(len(scene.objects), number, replace=False).tolist()))
+        scene = scene.exchanged(random_exchange(draw))
         if draw.random() < self.sizes.text_share:
             phrase = scene.summary() if draw.random() < 0.2 else str(draw.choice(scene.objects))
             ids = self.tokenizer.encode(phrase, add_special_tokens=False)
