@@ -23,6 +23,7 @@ from foveate import drop_visual_tokens
 from foveate.errors import InputError
 from foveate.language.templates import IMAGE_ID, VIDEO_ID
 from foveate.methods.hired.hosts import LlavaHost
+from foveate.methods.hired.predictor import LlavaPredictor
 from foveate.methods.hired.strategies import LanguageSelection, LanguageStrategy, LanguageTokens, make_strategy
 from foveate.methods.hired.strategies.fastv import FastV
 from foveate.methods.hired.strategies.language import attention_rows
@@ -405,6 +406,26 @@ def test_llava_15_drops_them_too(llava_model: Any, llava_processor: Any) -> None
         real = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         assert places == (real == llava_model.config.image_token_id).nonzero()[:, 0].tolist()
     assert logits.shape[1] == inputs["input_ids"].shape[1] - (36 - 9)
+
+
+def test_a_predictor_drops_them_as_generate_does(next_model: Any, next_processor: Any) -> None:
+    predictor = LlavaPredictor(
+        next_model, next_processor.image_processor, next_processor.tokenizer, hired_parts.TEMPLATE
+    )
+    pictures: list[Any] = [hired_parts.make_picture(44, 60), hired_parts.make_picture(90, 30, seed=3), None]
+    questions = ["what is it?", "and this one?", "hello there"]
+    strategy = Recording(0.25)
+    with drop_visual_tokens(predictor, strategy=strategy):
+        together = predictor.ask(pictures, questions, max_new_tokens=6)
+        # 36 tokens of each partition, of which there are 5 and 4.
+        assert [budget for _, budget in strategy.seen] == [45, 36]
+        assert together[:2] == [predictor.ask(pictures[row], questions[row], max_new_tokens=6) for row in range(2)]
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": questions[0]}]}]
+        text = next_processor.apply_chat_template(messages, add_generation_prompt=True)
+        given = next_processor(images=pictures[0], text=text, return_tensors="pt", add_special_tokens=False)
+        wanted = next_model.generate(**given, max_new_tokens=6, do_sample=False)[0, given["input_ids"].shape[1] :]
+    assert together[0].text == predictor.tokenizer.decode(wanted, skip_special_tokens=True).strip()
+    assert predictor.ask(None, questions[2], max_new_tokens=6) == together[2]
 
 
 def test_mg_llava_keeps_its_object_tokens() -> None:

@@ -22,7 +22,8 @@ from foveate.language.templates import VIDEO_ID
 
 from .allocation import token_budget
 from .dropping import Dropping
-from .hosts import LlavaHost
+from .hosts import LlavaHost, VisualSequence
+from .partitions import Partitions
 from .strategies.language import LanguageStrategy, LanguageTokens
 
 
@@ -442,7 +443,8 @@ class LanguageDropping(Dropping):
         """As `generate`. Since transformers 5.20 it encodes pictures itself, and `forward` is not told their sizes."""
         ids = settings.get("input_ids") if inputs is None else inputs
         if ids is not None and settings.get("pixel_values") is not None:
-            self._local.budgets = self._budgets(ids, settings["pixel_values"], settings.get("image_sizes"))
+            layouts = self._layouts(settings["pixel_values"], settings.get("image_sizes"))
+            self._local.budgets = self._budgets(ids, layouts)
         try:
             return self._generate(inputs, *args, **settings)
         finally:
@@ -450,18 +452,17 @@ class LanguageDropping(Dropping):
 
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._host is not None
-        self._pruning.expect(None)
         call = self._host.named(args, kwargs)
         encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-        if call.get("pixel_values") is None and encoded is None:
-            return
         ids = call.get("input_ids")
+        if call.get("pixel_values") is None and encoded is None:
+            if ids is not None:
+                self._pruning.expect(None)
+            return
         if ids is None:
-            raise InputError(
-                "a picture needs a text with its placeholders; pass input_ids as the processor gives them."
-            )
+            raise InputError("a picture needs a text with its placeholders: input_ids as the processor gives them.")
         if encoded is None:
-            budgets = self._budgets(ids, call["pixel_values"], call.get("image_sizes"))
+            budgets = self._budgets(ids, self._layouts(call["pixel_values"], call.get("image_sizes")))
         else:
             budgets = getattr(self._local, "budgets", None)
             if budgets is None:
@@ -469,17 +470,31 @@ class LanguageDropping(Dropping):
             budgets = [budget for budget in budgets for _ in range(len(ids) // len(budgets))]  # of beams
         self._pruning.expect(ids == self._host.config.image_token_id, budgets)
 
-    def _budgets(self, ids: Tensor, pixel_values: Tensor, image_sizes: Any) -> list[int]:
+    def expect(self, input_ids: Tensor, visuals: Sequence[VisualSequence]) -> None:
+        """Announces a prompt that this thread reads next as `inputs_embeds`; others of that kind are read whole.
+
+        Args:
+            input_ids: (B, T) with all placeholders of the pictures, of a LLaVA of transformers.
+            visuals: the pictures, nothing of which is dropped yet.
+        """
+        assert self._host is not None
+        layouts = [visual.layout for visual in visuals]
+        self._pruning.expect(input_ids == self._host.config.image_token_id, self._budgets(input_ids, layouts))
+
+    def _layouts(self, pixel_values: Tensor, image_sizes: Any) -> list[Partitions]:
+        assert self._host is not None
+        flat = pixel_values.ndim == 5 or image_sizes is None
+        return self._host.layouts(image_sizes, len(pixel_values) if flat else len(image_sizes))
+
+    def _budgets(self, ids: Tensor, layouts: Sequence[Partitions]) -> list[int]:
         """T of each row: of all its pictures."""
         assert self._host is not None
-        pictures = len(pixel_values) if pixel_values.ndim == 5 or image_sizes is None else len(image_sizes)
-        layouts = self._host.layouts(image_sizes, pictures)
         counts = (ids == self._host.config.image_token_id).sum(dim=1).tolist()
         total = sum(layout.full_length for layout in layouts)
         if sum(counts) != total:
             raise InputError(
-                f"the text has {sum(counts)} placeholders of pictures, and {pictures} pictures of {total} tokens are "
-                "given; let the processor write the text."
+                f"the text has {sum(counts)} placeholders of pictures, and {len(layouts)} pictures of {total} tokens "
+                "are given; let the processor write the text."
             )
         budgets = []
         rest = iter(layouts)

@@ -286,12 +286,13 @@ def chat_template(name: str) -> str:
     again = "{% if not loop.first %}{{ bos_token }}{% endif %}" if template.adds_eos else ""
     said = "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     said += "{% if part.type == 'image' %}" + IMAGE + "\n{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
-    user = again + _quoted(before) + said + _quoted(after.rstrip(" "))
-    answer = _quoted(" " if after[-1:] not in ("\n", "") else "") + said + _quoted(template.suffix) + ends
+    user = again + _quoted(before) + said
+    asking = _quoted(after.rstrip(" "))
+    answer = asking + _quoted(" " if after[-1:] not in ("\n", "") else "") + said + _quoted(template.suffix) + ends
     answer += _quoted(template.separator)
     return (
         "{% for message in messages %}{% if message.role == 'user' %}" + user + "{% else %}" + answer + "{% endif %}"
-        "{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}" + asking + "{% endif %}"
     )
 
 
@@ -382,7 +383,9 @@ def answers(
             if path is not None:
                 content.insert(0, {"type": "image"})
                 pictures.append(load_image(path))
-            texts.append(processor.apply_chat_template([{"role": "user", "content": content}]))
+            texts.append(
+                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            )
         inputs = processor(images=pictures or None, text=texts, padding=True, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
