@@ -106,7 +106,9 @@ def _download(repository: str) -> Path:
     )
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        folder = Path(
+            snapshot_download(repository, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"])
+        )
     except GatedRepoError:
         raise CheckpointError(
             f"the repository {repository} asks for its terms to be accepted; do so on its page and run `hf auth login`."

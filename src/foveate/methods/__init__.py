@@ -151,6 +151,8 @@ def load(
         CheckpointError: the checkpoint is truncated, corrupt or of another layout.
     """
     where, precision = _device(device), find_dtype(dtype)
+    if keep_tokens is not None:  # before weights are read
+        importlib.import_module("foveate.methods.hired.configuration").check_budget(keep_tokens)
     folder = find_checkpoint(name)
     model_type = read_config(folder).get("model_type")
     for method in METHODS.values():

@@ -154,6 +154,21 @@ def test_bad_input_gets_a_sentence(folders: dict[str, Path], loaded: Any, tmp_pa
         foveate.load(broken)
 
 
+def test_older_layouts_of_the_files_load(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Settings in preprocessor_config.json and the template in chat_template.json, as released folders have them."""
+    old = tmp_path / "old"
+    shutil.copytree(folders["llava"], old)
+    settings = json.loads((old / "processor_config.json").read_text())["image_processor"]
+    settings |= {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
+    (old / "preprocessor_config.json").write_text(json.dumps(settings))
+    (old / "chat_template.json").write_text(json.dumps({"chat_template": (old / "chat_template.jinja").read_text()}))
+    for name in ("processor_config.json", "chat_template.jinja"):
+        (old / name).unlink()
+    picture = parts.make_picture(30, 44)
+    wanted = foveate.load(folders["llava"], device="cpu").ask(picture, "what?", **SHORT)
+    assert foveate.load(old, device="cpu").ask(picture, "what?", **SHORT) == wanted
+
+
 def test_missing_weights_are_listed(folders: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

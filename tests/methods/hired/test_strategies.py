@@ -75,16 +75,3 @@ def test_prumerge_keeps_to_the_budget(name: str) -> None:
         make_strategy(name, 0.03).select(picture_of(layout, taps={2: tap}))
     with pytest.raises(InputError, match="no original positions"):
         make_strategy(name, 0.3, positions="original")
-
-
-def test_a_row_is_the_class_tokens_row_of_the_whole_map() -> None:
-    torch.manual_seed(0)
-    query, keys = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    tap = AttentionTap(query[:, 0], keys, 2, 0.5)
-    scores = torch.einsum("bqhd,bkhd->bhqk", query.view(2, 5, 2, 4), keys.view(2, 5, 2, 4)) / 2
-    whole = scores.softmax(-1)[:, :, 0, 1:]
-    torch.testing.assert_close(tap.rows(), whole)
-    torch.testing.assert_close(tap.head_sum(), whole.sum(1))
-    full = (query[:, :1] @ keys.mT / 8**0.5).softmax(-1)[:, 0, 1:]
-    torch.testing.assert_close(tap.full_width_row(), full)
-    torch.testing.assert_close(tap[1:].rows(), whole[1:])

@@ -375,7 +375,7 @@ def _load_image_processor(folder: Path) -> Any:
             continue
         try:
             return IMAGE_PROCESSORS[kind](
-                **{key: value for key, value in settings.items() if not key.endswith("_type")}
+                **{key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}
             )
         except Exception as error:  # transformers raises many types on values that it did not expect
             raise CheckpointError(f"{folder / name} cannot be used: {first_line(error)}") from error
