@@ -7,8 +7,9 @@
 
 `speed` builds a LLaVA-NeXT of transformers with random weights and answers about one picture of 2 x 2 sub-images, 2,928
 visual tokens, at each budget: preprocessing, tower, selection, projector, prefill, decoding, time to first token (from
-pixel values on), tokens per second, key-value bytes, arithmetic of the prefill, peak memory. The last way, "maps", reads
-the attention maps of all tower layers, for which attention is eager; it chooses the same tokens, and the rest is equal.
+pixel values on), tokens per second, key-value bytes, arithmetic of the prefill, peak memory. The last way, "maps",
+reads the attention maps of all tower layers, for which attention is eager; it chooses the same tokens, and the rest is
+equal.
 Each way has a process of its own. Times are medians of processor time on a CPU, which other work on the machine hardly
 lengthens, and of wall time behind a synchronisation on a GPU. `--protocol paper` takes the definitions of the official
 script: wall time without synchronisation or warm-up, the clock begins before preprocessing.
@@ -47,7 +48,6 @@ from foveate.methods.hired.strategies import STRATEGIES, LanguageStrategy, make_
 from foveate.methods.mg_llava.recipe import boxes_of
 from foveate.metrics.vqa import normalise_answer
 from foveate.training.conversations import AskedQuestion, ConversationData, accuracies, open_questions
-from foveate.training.world_data import WorldScenes
 from foveate.vision.kept_tokens import plot_kept_tokens
 from foveate.vision.plots import line_chart
 from foveate.world.scenes import render_scenes
@@ -248,7 +248,7 @@ class Bench:
         try:
             if handle is not None:
                 handle.expect(inputs["input_ids"], visuals)
-            cache = DynamicCache(config=self.model.config.get_text_config())
+            cache: Any = DynamicCache(config=self.model.config.get_text_config())
             said = self.model(
                 inputs_embeds=inputs["inputs_embeds"], past_key_values=cache, use_cache=True, logits_to_keep=1
             )
@@ -533,21 +533,11 @@ def candidates_of(predictor: Any, image: Any) -> int:
 
 def accuracy(options: argparse.Namespace) -> int:
     predictor = foveate.load(options.model, device=options.device)
-    questions = [
-        question
-        for question in open_questions(
-            ConversationData(
-                root=options.data,
-                annotations=("train.json",),
-                boxes=("train_only_box.json",),
-                world=None
-                if options.data.exists()
-                else WorldScenes(first_seed=9_000_000, count=options.scenes, size=256),
-                samples=options.pictures,
-            )
-        )
-        if question.sample.image is not None
-    ]
+    data: dict[str, Any] = {"root": options.data, "annotations": ["train.json"], "boxes": ["train_only_box.json"]}
+    if not options.data.exists():
+        data["world"] = {"first_seed": 9_000_000, "count": options.scenes, "size": 256}
+    questions = open_questions(ConversationData.model_validate({**data, "samples": options.pictures}))
+    questions = [question for question in questions if question.sample.image is not None]
     sees_boxes = getattr(predictor, "host", None) is None
     boxes = boxes_of(questions, "given") if sees_boxes else None
     total = candidates_of(predictor, questions[0].sample.image)
@@ -631,6 +621,8 @@ def charts(rows: Sequence[dict[str, Any]]) -> dict[str, Image.Image]:
 def contact_sheet(picture: Image.Image, shown: dict[str, Any]) -> Image.Image:
     """What each strategy kept of a picture, three in a row."""
     overlays = {name: plot_kept_tokens(picture, kept) for name, kept in shown.items()}
+    for overlay in overlays.values():
+        overlay.thumbnail((480, 480))
     width = max(overlay.width for overlay in overlays.values()) + 12
     height = max(overlay.height for overlay in overlays.values()) + 34
     columns = min(3, len(overlays))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ RECIPE = Path("recipes/standins/llava_next_world.yaml")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides: a tiny Llama with the world's tokenizer, a few scenes, and a grid of two."""
     folder = tmp_path_factory.mktemp("llava_next")
-    tokenizer = build_tokenizer()
+    tokenizer: Any = build_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -64,7 +64,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def task(settings: list[str]) -> TrainingTask:
-    return build(load_recipe(RECIPE, settings))
+    recipe: Any = load_recipe(RECIPE, settings)
+    return build(recipe)
 
 
 def parts_of(task: TrainingTask) -> tuple[Any, Any, PictureConversations]:
@@ -153,4 +154,4 @@ def test_parts_that_do_not_fit_are_refused(settings: list[str]) -> None:
     with pytest.raises(RecipeError, match="vision_layer is -9; give one of -1 to -7"):
         build_model(recipe.model)
     with pytest.raises(RecipeError, match="there is no folder"):
-        build(load_recipe(RECIPE, [*settings, "data={root: /nowhere}"]))
+        build(cast(Any, load_recipe(RECIPE, [*settings, "data={root: /nowhere}"])))

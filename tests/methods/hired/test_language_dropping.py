@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hired_parts
+import hired_parts  # pyright: ignore[reportMissingImports] (conftest.py loads it)
 import pytest
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ def make_model(attention: str = "sdpa") -> Any:
     config = LlavaNextConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
-        image_token_id=PLACEHOLDER,
+        image_token_index=PLACEHOLDER,
         image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
         vision_feature_layer=-1,
     )
@@ -363,7 +363,8 @@ def test_what_does_not_work_is_refused(model: Any) -> None:
             model(**inputs, past_key_values=cache, use_cache=True)
             with pytest.raises(InputError, match="goes on from a cache"):
                 model(**(inputs | {"attention_mask": None}), past_key_values=cache, use_cache=True)
-            cache.layers[3].keys = cache.layers[3].keys[:, :, 1:]
+            layer: Any = cache.layers[3]
+            layer.keys = layer.keys[:, :, 1:]
             with pytest.raises(InputError, match="the cache was shortened"):
                 model(input_ids=torch.tensor([[3]]), past_key_values=cache, use_cache=True)
         with pytest.raises(InputError, match="drops visual tokens already"):

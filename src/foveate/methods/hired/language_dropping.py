@@ -98,7 +98,7 @@ class DecoderPruning:
     def __init__(self, decoder: Any, strategy: LanguageStrategy) -> None:
         self.decoder = decoder
         self.strategy = strategy
-        self.layers = list(_layers(decoder))
+        self.layers: list[Any] = list(_layers(decoder))
         self.pruned = strategy.prune_layers(len(self.layers))
         self._rotate = {layer: _rotation(self.layers[layer].self_attn) for layer in self.pruned}
         self._local = threading.local()
@@ -141,11 +141,10 @@ class DecoderPruning:
         known = None if cache is None else self._caches.get(cache)
         if expected is None and known is None:
             return
-        embeds = kwargs.get("inputs_embeds")
+        embeds: Any = kwargs.get("inputs_embeds")
         if embeds is None and expected is not None:
             raise InputError("a prompt with a picture must reach the language model as inputs_embeds.")
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = embeds if embeds is not None else ids
+        tokens: Any = kwargs.get("input_ids", args[0] if args else None) if embeds is None else embeds
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
@@ -164,6 +163,7 @@ class DecoderPruning:
         if module.training:
             raise InputError("tokens are dropped in the language model for inference only; call eval() first.")
         _check_cache(cache)
+        assert embeds is not None
         self._local.run = self._prefill(embeds, mask, *expected)
 
     def _prefill(self, embeds: Tensor, mask: Tensor | None, visual: Tensor, budgets: Sequence[int]) -> _Pass:
@@ -229,7 +229,7 @@ class DecoderPruning:
                         "layers do not agree; generate without assisted decoding, or begin anew."
                     )
             if layer not in run.masks:
-                run.masks[layer] = self._mask(run, stage, kwargs.get("hidden_states", args[0] if args else None))
+                run.masks[layer] = self._mask(run, stage, kwargs["hidden_states"] if not args else args[0])
             changed["attention_mask"] = run.masks[layer]
             return args, changed
 
@@ -483,8 +483,9 @@ class LanguageDropping(Dropping):
 
     def _layouts(self, pixel_values: Tensor, image_sizes: Any) -> list[Partitions]:
         assert self._host is not None
-        flat = pixel_values.ndim == 5 or image_sizes is None
-        return self._host.layouts(image_sizes, len(pixel_values) if flat else len(image_sizes))
+        if pixel_values.ndim == 5 or image_sizes is None:
+            return self._host.layouts(image_sizes, len(pixel_values))
+        return self._host.layouts(image_sizes, len(image_sizes))
 
     def _budgets(self, ids: Tensor, layouts: Sequence[Partitions]) -> list[int]:
         """T of each row: of all its pictures."""
