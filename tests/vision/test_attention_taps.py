@@ -11,7 +11,7 @@ from foveate.errors import InputError
 from foveate.vision.attention_taps import AttentionTap, tap_attention
 from foveate.vision.towers import VisionTower, build_tower
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 32,
     "num_hidden_layers": 3,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import hired_parts as parts
+import hired_parts as parts  # pyright: ignore[reportMissingImports] (conftest.py)
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,11 @@ from foveate.methods.hired.hosts import LlavaHost
 
 SIZES = [(60, 60), (30, 90), (90, 30), (44, 60), (100, 40), (24, 24)]
 NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+
+def drop(*args: Any, **options: Any) -> Any:
+    """The handle, of whichever kind."""
+    return foveate.drop_visual_tokens(*args, **options)
 
 
 def inputs_of(processor: Any, texts: list[str], pictures: list[Any] | None, **options: Any) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def test_kept_tokens_are_those_of_the_host_at_their_places(next_model: Any, next
         whole = next_model.model.get_image_features(
             given["pixel_values"], given["image_sizes"], return_dict=True
         ).pooler_output
-        with foveate.drop_visual_tokens(next_model, 0.3, strategy) as handle:
+        with drop(next_model, 0.3, strategy) as handle:
             visuals = handle.encode(given["pixel_values"], given["image_sizes"])
     for full, visual in zip(whole, visuals, strict=True):
         assert visual.length == len(full)
@@ -57,7 +62,7 @@ def test_newlines_stay_where_they_are_asked_for(next_model: Any, next_processor:
     whole = next_model.model.get_image_features(given["pixel_values"], given["image_sizes"]).pooler_output[0]
     lengths = {}
     for newline in ("none", "rows", "all"):
-        with foveate.drop_visual_tokens(next_model, 0.2, preset="paper", newline=newline) as handle:
+        with drop(next_model, 0.2, preset="paper", newline=newline) as handle:
             visual = handle.encode(given["pixel_values"], given["image_sizes"])[0]
         torch.testing.assert_close(visual.embeds, whole[visual.places], atol=1e-6, rtol=1e-5)
         lengths[newline] = len(visual.embeds)
@@ -67,7 +72,7 @@ def test_newlines_stay_where_they_are_asked_for(next_model: Any, next_processor:
     assert lengths["rows"] - lengths["none"] == len(rows) > 0
     assert lengths["all"] - lengths["none"] == bottom - top > lengths["rows"] - lengths["none"]
     # In an exact budget newlines count.
-    with foveate.drop_visual_tokens(next_model, 0.4, newline="all") as handle:
+    with drop(next_model, 0.4, newline="all") as handle:
         visual = handle.encode(given["pixel_values"], given["image_sizes"])[0]
     assert len(visual.embeds) == int(visual.layout.candidates * 0.4)
 
@@ -76,7 +81,7 @@ def test_the_language_model_reads_fewer_tokens(host: Any) -> None:
     model, processor = host
     given = inputs_of(processor, ["<image>\nwhat?"], [parts.make_picture(60, 60)])
     text = int((given["input_ids"] != parts.IMAGE_ID).sum())
-    with torch.no_grad(), foveate.drop_visual_tokens(model, budget=0.2) as handle:
+    with torch.no_grad(), drop(model, budget=0.2) as handle:
         count = len(handle.encode(given["pixel_values"], given.get("image_sizes"))[0].embeds)
         output = model(**given)
     assert output.past_key_values.get_seq_length() == text + count
@@ -89,7 +94,7 @@ def test_generate_is_greedy_decoding_of_the_shortened_prompt(host: Any) -> None:
     pictures = [parts.make_picture(60, 60), parts.make_picture(30, 90, seed=1), parts.make_picture(44, 60, seed=2)]
     # Two rows of unequal length: two pictures next to each other in the first, one after text in the second.
     given = inputs_of(processor, ["<image><image>\nwhich is larger?", "see <image>"], pictures)
-    with torch.no_grad(), foveate.drop_visual_tokens(model, budget=0.25) as handle:
+    with torch.no_grad(), drop(model, budget=0.25) as handle:
         out = model.generate(**given, **NEW)
         prompt = handle.prepare(**given)
         embed = model.get_input_embeddings()
@@ -112,7 +117,7 @@ def test_a_batch_is_its_rows_alone(host: Any) -> None:
     model, processor = host
     pictures = [parts.make_picture(60, 60), parts.make_picture(100, 40, seed=1)]
     texts = ["<image> what is that thing there?", "a <image>", "no picture at all"]
-    with foveate.drop_visual_tokens(model, budget=0.2):
+    with drop(model, budget=0.2):
         together = model.generate(**inputs_of(processor, texts, pictures), **NEW)[:, -6:]
         beams = model.generate(**inputs_of(processor, texts, pictures), **NEW, num_beams=3, num_return_sequences=2)
         for row, text in enumerate(texts):
@@ -127,7 +132,7 @@ def test_a_static_cache_and_a_compiled_language_model(next_model: Any, next_proc
     given = inputs_of(
         next_processor, ["<image> what?", "and <image>"], [parts.make_picture(*size) for size in SIZES[:2]]
     )
-    with foveate.drop_visual_tokens(next_model, budget=0.2):
+    with drop(next_model, budget=0.2):
         wanted = next_model.generate(**given, **NEW)
         assert torch.equal(next_model.generate(**given, **NEW, cache_implementation="static"), wanted)
         inner = next_model.model.language_model
@@ -150,7 +155,7 @@ def test_the_loss_is_that_of_the_text(host: Any) -> None:
     model, processor = host
     given = inputs_of(processor, ["<image> it is red", "so <image>"], [parts.make_picture(60, 60)] * 2)
     labels = given["input_ids"].where(given["attention_mask"].bool() & (given["input_ids"] != parts.IMAGE_ID), -100)
-    with torch.no_grad(), foveate.drop_visual_tokens(model, budget=0.2) as handle:
+    with torch.no_grad(), drop(model, budget=0.2) as handle:
         loss = model(**given, labels=labels).loss
         prompt = handle.prepare(**given, labels=labels)
         logits = model(inputs_embeds=prompt["inputs_embeds"], attention_mask=prompt["attention_mask"]).logits
@@ -162,7 +167,7 @@ def test_the_loss_is_that_of_the_text(host: Any) -> None:
 def test_original_positions_leave_gaps(next_model: Any, next_processor: Any) -> None:
     given = inputs_of(next_processor, ["ab<image>cd"], [parts.make_picture(60, 60)])
     kept = (given["input_ids"][0] != parts.IMAGE_ID).nonzero()[:, 0]
-    with torch.no_grad(), foveate.drop_visual_tokens(next_model, budget=0.2, positions="original") as handle:
+    with torch.no_grad(), drop(next_model, budget=0.2, positions="original") as handle:
         visual = handle.encode(given["pixel_values"], given["image_sizes"])[0]
         prompt = handle.prepare(**given)
         out = next_model.generate(**given, **NEW)
@@ -181,7 +186,7 @@ def test_original_positions_leave_gaps(next_model: Any, next_processor: Any) -> 
 def test_max_length_counts_the_prompt_as_it_was_given(llava_model: Any, llava_processor: Any) -> None:
     given = inputs_of(llava_processor, ["<image> hm"], [parts.make_picture(30, 30)])
     length = given["input_ids"].shape[1]
-    with foveate.drop_visual_tokens(llava_model, budget=0.2):
+    with drop(llava_model, budget=0.2):
         out = llava_model.generate(**given, max_length=length + 4, do_sample=False, eos_token_id=None)
         details = llava_model.generate(**given, **NEW, return_dict_in_generate=True, output_scores=True)
     assert out.shape[1] == length + 4
@@ -198,10 +203,10 @@ def test_detached_and_at_full_budget_the_model_is_what_it_was(host: Any) -> None
     attention = model.config.vision_config._attn_implementation
     with torch.no_grad():
         before, said = model(**given).logits, model.generate(**given, **NEW)
-        with foveate.drop_visual_tokens(model, budget=1.0):
+        with drop(model, budget=1.0):
             assert torch.equal(model(**given).logits, before)
             assert torch.equal(model.generate(**given, **NEW), said)
-        handle = foveate.drop_visual_tokens(model, budget=0.2)
+        handle = drop(model, budget=0.2)
         assert active_dropping(model) is handle
         assert not torch.equal(model(**given).logits[:, -1], before[:, -1])
         handle.remove()
@@ -218,7 +223,7 @@ def test_an_exception_in_the_tower_leaves_no_hook(next_model: Any, next_processo
     given = inputs_of(next_processor, ["<image>"], [parts.make_picture(60, 60)])
     layers = next_model.model.vision_tower.encoder.layers
     attention = layers[0].self_attn
-    with foveate.drop_visual_tokens(next_model, budget=0.2):
+    with drop(next_model, budget=0.2):
         bad = layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next_model(**given)
@@ -240,7 +245,7 @@ def test_no_square_of_the_tokens_is_ever_made(next_model: Any, next_processor: A
             )
             return out
 
-    with torch.no_grad(), foveate.drop_visual_tokens(next_model, budget=0.2) as handle, Watch():
+    with torch.no_grad(), drop(next_model, budget=0.2) as handle, Watch():
         handle.encode(given["pixel_values"], given["image_sizes"])
     assert len(shapes) > 50
     assert not [shape for shape in shapes if len(shape) > 1 and min(shape[-2:]) >= 36]
@@ -251,7 +256,7 @@ def test_threads_do_not_meet(next_model: Any, next_processor: Any) -> None:
         inputs_of(next_processor, ["<image>"], [parts.make_picture(*size, seed=number)])
         for number, size in enumerate(SIZES[:4])
     ]
-    with torch.no_grad(), foveate.drop_visual_tokens(next_model, budget=0.2) as handle:
+    with torch.no_grad(), drop(next_model, budget=0.2) as handle:
         wanted = [handle.encode(given["pixel_values"], given["image_sizes"])[0].places for given in all_given]
         found: dict[int, list[torch.Tensor]] = {}
 
@@ -292,20 +297,20 @@ def test_threads_do_not_meet(next_model: Any, next_processor: Any) -> None:
 )
 def test_bad_options_get_a_sentence(next_model: Any, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        foveate.drop_visual_tokens(next_model, **options)
+        drop(next_model, **options)
     assert active_dropping(next_model) is None
     assert not next_model._forward_pre_hooks
 
 
 def test_models_that_cannot_drop_get_a_sentence(next_model: Any) -> None:
     with pytest.raises(InputError, match="not in Linear"):
-        foveate.drop_visual_tokens(torch.nn.Linear(2, 2))
+        drop(torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match="a str is no model"):
-        foveate.drop_visual_tokens("llava")
+        drop("llava")
     with pytest.raises(InputError, match="not in LlavaNextModel"):
-        foveate.drop_visual_tokens(next_model.model)
-    with foveate.drop_visual_tokens(next_model), pytest.raises(InputError, match="drops visual tokens already"):
-        foveate.drop_visual_tokens(next_model)
+        drop(next_model.model)
+    with drop(next_model), pytest.raises(InputError, match="drops visual tokens already"):
+        drop(next_model)
 
 
 def test_a_tower_without_class_token_takes_plain_strategies_only(llava_processor: Any) -> None:
@@ -314,8 +319,8 @@ def test_a_tower_without_class_token_takes_plain_strategies_only(llava_processor
     model = parts.make_llava(vision_config=siglip, vision_feature_select_strategy="full")
     given = inputs_of(llava_processor, ["<image>"], [parts.make_picture(30, 30)])
     with pytest.raises(InputError, match="has none; use strategy 'random' or 'spatial'"):
-        foveate.drop_visual_tokens(model)
-    with torch.no_grad(), foveate.drop_visual_tokens(model, 0.5, "spatial") as handle:
+        drop(model)
+    with torch.no_grad(), drop(model, 0.5, "spatial") as handle:
         assert len(handle.encode(given["pixel_values"])[0].embeds) == 18
     with pytest.raises(InputError, match="drops a patch"):
         LlavaHost(parts.make_llava(vision_config=siglip))
@@ -333,7 +338,7 @@ def test_bad_calls_get_a_sentence(next_model: Any, next_processor: Any) -> None:
         ({"pixel_values": given["pixel_values"][0, 0, 0]}, "4 or 5 dimensions"),
         ({"pixel_values": given["pixel_values"][0, :3]}, "3 partitions are given for pictures that have 5"),
     ]
-    with foveate.drop_visual_tokens(next_model, budget=0.2):
+    with drop(next_model, budget=0.2):
         for change, sentence in changes:
             with pytest.raises(InputError, match=sentence):
                 next_model(**{**given, **change})

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hired_parts as parts
+import hired_parts as parts  # pyright: ignore[reportMissingImports] (conftest.py)
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,7 @@ from foveate.errors import CheckpointError, InputError
 from foveate.methods.hired.predictor import LlavaPredictor
 from foveate.vision.kept_tokens import plot_kept_tokens
 
-SHORT = {"max_new_tokens": 6}
+SHORT: dict[str, Any] = {"max_new_tokens": 6}
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import mg_llava_parts as parts
+import mg_llava_parts as parts  # pyright: ignore[reportMissingImports] (conftest.py)
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast

@@ -255,14 +255,15 @@ def _refuse_unusual(call: Mapping[str, Any]) -> None:
 
 def _with_prompt(output: Any, ids: Tensor, length: int) -> Any:
     """What `generate` returned, with the prompt that the caller gave in the place of its shortened one."""
-    sequences = output.sequences if isinstance(output, ModelOutput) else output
+    details: Any = output if isinstance(output, ModelOutput) else None
+    sequences = output if details is None else details.sequences
     new = sequences[:, length:]
     prompt = ids.to(new.device).repeat_interleave(len(new) // len(ids), dim=0)
     whole = torch.cat([prompt, new], dim=1)
-    if not isinstance(output, ModelOutput):
+    if details is None:
         return whole
-    output.sequences = whole
-    return output
+    details.sequences = whole
+    return details
 
 
 class BridgeDropping(Dropping):

@@ -75,11 +75,11 @@ class LlavaHost:
                 f"visual tokens are dropped in LlavaForConditionalGeneration, LlavaNextForConditionalGeneration and "
                 f"MG-LLaVA models, not in {type(model).__name__}."
             )
-        self.model = model
-        self.config = model.config
+        self.model: Any = model
+        self.config: Any = self.model.config
         self.high_resolution = isinstance(model, LlavaNextForConditionalGeneration)
         try:
-            self.tower = VisionTower(model.model.vision_tower, freeze=False)
+            self.tower = VisionTower(self.model.model.vision_tower, freeze=False)
         except CheckpointError as error:
             raise InputError(f"visual tokens cannot be dropped here: {error}") from None
         layers = self.config.vision_feature_layer
