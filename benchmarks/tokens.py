@@ -541,6 +541,8 @@ def accuracy(options: argparse.Namespace) -> int:
     sees_boxes = getattr(predictor, "host", None) is None
     boxes = boxes_of(questions, "given") if sees_boxes else None
     total = candidates_of(predictor, questions[0].sample.image)
+    few = slice(options.batch_size)
+    answer_all(predictor, questions[few], None if boxes is None else boxes[few], options)  # warm-up
     _, full = answer_all(predictor, questions, boxes, options)
     rows = [{"strategy": "all tokens", "budget": 1.0, "tokens": total, **full}]
     shown: dict[str, Any] = {}

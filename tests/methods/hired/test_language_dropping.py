@@ -375,6 +375,11 @@ def test_what_does_not_work_is_refused(model: Any) -> None:
                 model(**inputs)
         finally:
             model.eval()
+    compiled = make_model()
+    decoder = compiled.model.language_model
+    decoder._compiled_call_impl = decoder._call_impl  # which `compile()` sets, slowly
+    with pytest.raises(InputError, match="this LlamaModel is compiled"):
+        drop_visual_tokens(compiled, 0.2, "fastv")
     with pytest.raises(InputError, match="after 7 layers, and this language model has 5"):
         drop_visual_tokens(model, 0.2, "fastv", after=7)
     assert not model._forward_pre_hooks

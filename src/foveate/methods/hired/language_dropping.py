@@ -383,6 +383,11 @@ def _layers(decoder: Any) -> nn.ModuleList:
                 f"tokens cannot be dropped between the layers of a {name}: its attention projects or limits queries "
                 "and keys in a way that is not known here; use a strategy that drops them before it, such as 'hired'."
             )
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in (decoder, *layers)):
+        raise InputError(
+            f"this {name} is compiled, and tokens dropped between its layers change their shapes; load it anew and do "
+            "not compile it."
+        )
     if "flex" in decoder.config._attn_implementation:
         raise InputError("tokens cannot be dropped between layers under flex attention; use sdpa.")
     return layers
