@@ -176,10 +176,8 @@ def check_prumerge(arrays: Tracked, cases: Tracked, host: LlavaHost, report: Rep
     tiles = sorted({".".join(key.split(".")[:2]) for key in arrays})
     for tile in tiles:
         case, number = tile.split(".")[0], int(tile.split("tile")[1])
-        with tap_attention(host.tower, (23,)) as taps:
-            states = host.tower(pixels(cases[f"{case}.pixel_u8"]), layers=(23, 24)).layers
-        row, keys = taps[23].full_width_row()[number], taps[23].patch_keys[number]
-        features = states[0].patch_tokens[number]
+        look = host.look(pixels(cases[f"{case}.pixel_u8"][number : number + 1]), (23,))
+        row, keys, features = look.taps[23].full_width_row()[0], look.taps[23].patch_keys[0], look.features[0]
         report.compare(f"{tile}.cls_attn_l23_fulldim", row, arrays[f"{tile}.cls_attn_l23_fulldim"], absolute=ROWS)
         for name, plus in (("prumerge", False), ("prumerge_plus", True)):
             stem = f"{tile}.{name}"

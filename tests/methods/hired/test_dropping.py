@@ -144,7 +144,8 @@ def test_a_static_cache_and_a_compiled_language_model(next_model: Any, next_proc
 
         try:
             next_model.model.language_model = torch.compile(inner, backend=backend)
-            assert torch.equal(next_model.generate(**given, **NEW), wanted)
+            found = next_model.generate(**given, **{**NEW, "max_new_tokens": 2})
+            assert torch.equal(found, wanted[:, :-4])
         finally:
             next_model.model.language_model = inner
             torch.compiler.reset()
