@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from foveate.errors import CheckpointError, InputError
 WEIGHTS = Path(__file__).parent / "weights"
 """Folder of the shipped models, one sub-folder each; all of them are trained on the rendered world only."""
 
+_PART = 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -82,6 +84,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not an object; copy the checkpoint again.")
     return config
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a model folder from others, also from itself after another training: a digest of its small files, and
+    of the size, the first and the last megabyte of its large ones, which are too large to be read for this.
+
+    Hidden files do not count.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(_PART))
+            file.seek(max(_PART, size - _PART))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

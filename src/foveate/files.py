@@ -129,6 +129,14 @@ def file_states(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
 
 
+def cache_folder(name: str) -> Path:
+    """Where foveate keeps what it can compute again: `name` in the folder that the environment variable FOVEATE_CACHE
+    names, or else in `foveate` in the user's cache folder (XDG_CACHE_HOME, ~/.cache). It need not exist."""
+    own = os.environ.get("FOVEATE_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (never raises)
+    return Path(own or Path(home) / "foveate") / name
+
+
 class ResumableLines:
     """A text file of lines that appears whole, and whose finished lines outlive an interruption.
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from foveate import cli
-from foveate.methods.dynrefer.conversion import COCO_CLASSES
+from foveate.language.words import COCO_CLASSES
 
 
 @pytest.fixture(scope="session")

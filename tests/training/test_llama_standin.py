@@ -33,6 +33,7 @@ from foveate.training.standins.llama.recipe import (
     _perplexity,
     build_tokenizer,
     conversation_ids,
+    embed_bags,
     exchange_words,
     random_exchange,
     read_scenes,
@@ -202,7 +203,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 def test_the_losses_are_means_over_their_tokens(scenes: list[SceneWords]) -> None:
     llama = tiny_llama()
-    talk = WorldTalk(scenes, TOKENIZER, sizes(text_share=0.0))
+    talk = WorldTalk(scenes, TOKENIZER, sizes(text_share=0.0, bags=0.0))
     batch = _collate(TOKENIZER.pad_token_id)([talk[k] for k in range(3)])
     assert batch["input_ids"].shape == batch["labels"].shape
     output = LlamaPretraining(llama, 0.25)(**batch)
@@ -212,6 +213,49 @@ def test_the_losses_are_means_over_their_tokens(scenes: list[SceneWords]) -> Non
     others = llama(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=rest).loss
     assert float(output["losses"]["prompts"]) == pytest.approx(0.25 * float(others), rel=1e-4)
     assert float(output["loss"]) == pytest.approx(float(wanted) + 0.25 * float(others), rel=1e-4)
+
+
+def test_an_object_in_one_token_is_the_sum_of_its_words(scenes: list[SceneWords]) -> None:
+    """Its place is where the context has a mark, padding behind the text is none, and marks are not learnt."""
+    talk = WorldTalk(scenes, TOKENIZER, sizes(text_share=0.0, bags=1.0, focus=0.0))
+    samples = [talk[k] for k in range(3)]
+    batch = _collate(TOKENIZER.pad_token_id)(samples)
+    llama = tiny_llama()
+    embed = llama.get_input_embeddings()
+    embeds = embed_bags(embed, batch["input_ids"], batch["attention_mask"], batch["bags"], TOKENIZER.pad_token_id)
+    for row, (sample, scene) in enumerate(zip(samples, scenes, strict=False)):
+        marks = [place for place, token in enumerate(sample["ids"]) if token == TOKENIZER.pad_token_id]
+        assert len(marks) == len(sample["bags"]) == len(scene.objects)
+        for place, bag in zip(marks, sample["bags"], strict=True):
+            torch.testing.assert_close(embeds[row, place], embed(torch.tensor(bag)).sum(dim=0))
+            assert sample["labels"][place] == -100
+        others = [place for place in range(len(sample["ids"])) if place not in marks]
+        torch.testing.assert_close(embeds[row, others], embed(batch["input_ids"][row, others]))
+    said = LlamaPretraining(llama, 0.25)(**batch)["losses"]
+    logits = llama(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits[:, :-1].transpose(1, 2)
+    answers = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:], ignore_index=-100)
+    assert float(said["answers"]) == pytest.approx(float(answers), rel=1e-4)
+    read = (batch["attention_mask"] == 1) & (batch["labels"] == -100) & (batch["input_ids"] != TOKENIZER.pad_token_id)
+    targets = batch["input_ids"].masked_fill(~read, -100)[:, 1:]
+    prompts = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100)
+    assert float(said["prompts"]) == pytest.approx(0.25 * float(prompts), rel=1e-4)
+
+
+def test_a_few_objects_answer_their_own_questions(scenes: list[SceneWords]) -> None:
+    draw = np.random.default_rng(3)
+    asked = 0
+    for scene in scenes:
+        kept = sorted(draw.choice(len(scene.objects), 2, replace=False).tolist()) if len(scene.objects) > 1 else [0]
+        small = scene.focused(kept)
+        assert small.things == tuple(scene.things[k] for k in kept)
+        for question in small.questions:
+            assert question.kind != "count"
+            original = scene.questions[[each.question for each in scene.questions].index(question.question)]
+            assert kept[question.about] == original.about
+            found = answer_from_words(small.context(), question.question)
+            assert found in (None, question.answer)
+            asked += found is not None
+    assert asked > 10
 
 
 def test_questions_in_a_batch_get_the_answers_that_they_get_alone() -> None:

@@ -68,3 +68,25 @@ def test_images_that_cannot_be_told(tmp_path: Path) -> None:
         file.proposers(["a/x.png", "b/x.png"])
     with pytest.raises(InputError, match="there is no file"):
         BoxFile(tmp_path / "none.json")
+
+
+def test_the_layout_of_mg_llava(tmp_path: Path) -> None:
+    found = {"boxes": [[1, 2, 3, 4]], "scores": [0.5], "labels": ["cat"]}
+    frames = {"id": 9, "video": "clips/v.mp4", "frames": [found, found]}
+    file = write(tmp_path, [{"id": 17, "image": "sub/a.png", **found}, {"id": "b", **found}, frames])
+    names = ["x/b.png", "sub/a.png", "other/a.png", "17.jpg", "v.mp4"]
+    by_id, by_path, by_name, by_number, video = (file.entries([name])[0] for name in names)
+    assert by_id["labels"] == ["cat"]
+    assert by_path == by_name == by_number == {"id": 17, "image": "sub/a.png", **found}
+    assert video["frames"] == [found, found]
+    [propose] = file.proposers(["b.png"])
+    assert propose(IMAGE)[1].tolist() == [0.5]
+    with pytest.raises(InputError, match=r"has no boxes for c\.png"):
+        file.entries(["c.png"])
+    # Two pictures of one name are told by their paths only, and of two records of an id the last counts.
+    again = write(tmp_path, [{"id": k, "image": f"{k}/a.png", **found, "scores": [k / 4]} for k in (1, 2, 1)])
+    assert again.entries(["2/a.png"])[0]["scores"] == [0.5]
+    with pytest.raises(InputError, match="has no boxes for"):
+        again.entries(["3/a.png"])
+    with pytest.raises(InputError, match='a record must be an object with an "id"'):
+        write(tmp_path, [found])

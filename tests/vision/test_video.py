@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,22 @@ def gif(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def mp4(tmp_path: Path) -> Path:
+    """Ten frames of 48 x 32, each brighter than the one before, the left half darker."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(10):
+            pixels = np.full((32, 48, 3), 20 * number, dtype=np.uint8)
+            pixels[:, :24] //= 2
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
 def brightness(video: Video) -> list[int]:
     return [int(np.asarray(one)[0, 0, 0]) for one in video.frames]
 
@@ -36,6 +53,49 @@ def test_frames_at_even_distances() -> None:
 def test_an_animation(gif: Path) -> None:
     assert is_video(gif)
     assert brightness(load_video(gif, 4)) == pytest.approx([0, 60, 120, 180], abs=2)
+
+
+def test_a_container(mp4: Path) -> None:
+    assert is_video(mp4)
+    found = load_video(mp4, 4)
+    right = [int(np.asarray(one)[16, 40, 0]) for one in found.frames]
+    assert right == pytest.approx([0, 60, 120, 180], abs=3)
+    assert int(np.asarray(found.frames[3])[16, 5, 0]) == pytest.approx(90, abs=3)
+    # More frames than there are repeat.
+    assert len(load_video(mp4, 12)) == 12
+
+
+def test_a_film_that_was_turned(mp4: Path) -> None:
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # (x, y) is shown at (-y, x)
+    data = mp4.read_bytes()
+    track = data.index(b"tkhd")
+    mp4.write_bytes(data[:track] + data[track:].replace(upright, turned, 1))
+    last = np.asarray(load_video(mp4, 2).frames[1])
+    assert last.shape == (48, 32, 3)
+    assert int(last[40, 16, 0]) == pytest.approx(180, abs=3), "the right half is below"
+    assert int(last[5, 16, 0]) == pytest.approx(90, abs=3)
+
+
+@pytest.mark.parametrize("kept", [0, 20, 400])
+def test_a_container_that_is_cut_off(mp4: Path, kept: int) -> None:
+    mp4.write_bytes(mp4.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"clip\.mp4 does not decode as a video") as caught:
+        load_video(mp4, 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16_000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16_000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(InputError, match="does not decode as a video"):
+        load_video(path, 4)
 
 
 def test_a_folder_of_frames_in_the_order_of_names(tmp_path: Path) -> None:

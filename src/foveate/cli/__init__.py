@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from foveate.cli import classify, convert, describe, evaluate, train, tune_views, world
+from foveate.cli import ask, boxes, classify, convert, describe, evaluate, train, tune_views, world
 from foveate.cli.options import one_line
 from foveate.errors import FoveateError
 
@@ -32,6 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("describe")(describe.describe)
+app.command("ask")(ask.ask)
+app.command("boxes")(boxes.boxes)
 app.command("classify")(classify.classify)
 app.add_typer(world.app, name="world")
 app.command("train")(train.train)

@@ -136,6 +136,30 @@ def mg_llava(
         print(f"model: {result.folder}")
 
 
+@app.command("ram_plus")
+def ram_plus(
+    official: Annotated[Path, typer.Argument(help="The released file: ram_plus_swin_large_14m.pth.")],
+    tags: Annotated[Path, typer.Option("--tags", help="Tag list, one a line: ram_tag_list.txt.")],
+    thresholds: Annotated[
+        Path, typer.Option("--thresholds", help="A threshold for each tag, one a line: ram_tag_list_threshold.txt.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must be new or empty.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only compare the files; write nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """RAM++'s released weights, tags and thresholds, as a tagger for `foveate boxes`."""
+    from foveate.vision.ram_plus import convert_ram_plus
+
+    if out is None and not check:
+        raise InputError("--out is missing; give the folder to write, or --check to compare the files only.")
+    unused = convert_ram_plus(official, tags=tags, thresholds=thresholds, out=None if check else out)
+    if unused:
+        more = ", ..." if len(unused) > SHOWN_KEYS else ""
+        print(f"not used: {len(unused)} tensors: {', '.join(unused[:SHOWN_KEYS])}{more}")
+    if not check:
+        print(f"tagger: {out}")
+
+
 @app.command("vision_gru")
 def vision_gru(
     official: Annotated[Path, typer.Argument(help="The released file: vig_*_model_path.pth, or its averages.")],

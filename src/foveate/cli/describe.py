@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,17 +23,15 @@ from foveate.cli.options import (
     one_line,
     progress_bar,
 )
+from foveate.cli.outputs import check_outputs, free_name, parse_box, picture_files, save_picture, split_words
 from foveate.errors import InputError
 from foveate.files import ResumableLines, atomic_write
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from foveate import Regions
     from foveate.methods.dynrefer.results import Report
 
 FORMATS = ("text", "json", "jsonl")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _Job = tuple[Path, Any, Path | None, Path | None]  # image, its boxes, annotated picture, picture of the views
 IMAGES_PER_CALL = 16  # so many images are in memory at once, and so often finished lines reach the file
 
@@ -174,21 +171,21 @@ def describe(
     if no_picture and picture is not None:
         raise InputError("--picture and --no-picture contradict each other; leave one out.")
     if picture is None and not no_picture and style == "text" and len(images) == 1:
-        picture = _free_name(Path(f"{images[0].stem}-described.png"))
-    annotated = _pictures(picture, images, "described", "--picture")
-    looked_at = _pictures(show_views, images, "views", "--show-views")
+        picture = free_name(Path(f"{images[0].stem}-described.png"))
+    annotated = picture_files(picture, images, "described", "--picture")
+    looked_at = picture_files(show_views, images, "views", "--show-views")
     written = [path for path in (out, *annotated, *looked_at) if path is not None]
     search = _search(proposer, proposer_words, max_regions, min_score, box_iou, caption_iou, keep_duplicates)
     if search and not everything:
         raise InputError("--proposer and what limits it belong to --everything; give that too, or leave them out.")
     detections = Path(proposer) if proposer is not None and proposer.lower().endswith(".json") else None
-    _check_outputs(written, [*images, *(mask or []), *(path for path in (boxes, detections) if path)])
+    check_outputs(written, [*images, *(mask or []), *(path for path in (boxes, detections) if path)])
     regions = _regions(images, box or [], boxes, mask or [])
 
     options = {
-        "tasks": _words(tasks),
+        "tasks": split_words(tasks),
         "views": _views(views),
-        "classes": None if classes is None else _words(classes),
+        "classes": None if classes is None else split_words(classes),
         "num_beams": beams,
         "everything": everything,
         **search,
@@ -258,10 +255,6 @@ def describe(
 # ---------------------------------------------------------------- arguments
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _views(text: str) -> str | list[float]:
     """A number list, or the name of a policy, which the describer checks."""
     if not any(character.isdigit() for character in text):
@@ -272,23 +265,11 @@ def _views(text: str) -> str | list[float]:
         raise InputError(f"--views {text!r} is not task, auto or numbers with commas, such as 0,0.3,0.5.") from None
 
 
-def _box(text: str) -> list[float]:
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 4:
-        raise InputError(
-            f"--box {text!r} is not four numbers; write it as x0,y0,x1,y1 in pixels, such as 40,60,180,220."
-        )
-    return numbers
-
-
 def _regions(images: Sequence[Path], box: list[str], boxes: Path | None, masks: list[Path]) -> list[Any]:
     """Boxes of each image, or None where the describer looks at the whole image, at masks or at proposals."""
     if masks and len(images) > 1:
         raise InputError(f"--mask belongs to one image, but {len(images)} are given; describe them one by one.")
-    common = [_box(text) for text in box]
+    common = [parse_box(text) for text in box]
     if boxes is None:
         return [common or None] * len(images)
     from foveate.vision.box_file import BoxFile
@@ -312,7 +293,7 @@ def _search(
     """What was said of how regions are found; what was not is the describer's to decide."""
     search: dict[str, Any] = {
         "proposer": proposer,
-        "proposer_words": None if words is None else _words(words),
+        "proposer_words": None if words is None else split_words(words),
         "max_regions": max_regions,
         "min_score": min_score,
         "box_iou": box_iou,
@@ -324,51 +305,6 @@ def _search(
             raise InputError("--keep-duplicates leaves nothing to --box-iou and --caption-iou; leave one out.")
         search |= {"box_iou": None, "caption_iou": None}
     return search
-
-
-def _free_name(path: Path) -> Path:
-    """The path, with -2, -3, ... before its ending if there is such a file: nobody has asked for that one to go."""
-    names = (path.with_stem(f"{path.stem}-{number}" if number > 1 else path.stem) for number in count(1))
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def _pictures(path: Path | None, images: Sequence[Path], what: str, option: str) -> list[Path | None]:
-    """The picture of each image: the file itself for one image, a file in the folder for each of several."""
-    if path is None:
-        return [None] * len(images)
-    if len(images) == 1 and not path.is_dir():
-        if path.suffix.lower() not in PICTURES:
-            raise InputError(f"{option} {path} does not end in one of: {', '.join(PICTURES)}; give it such a name.")
-        return [path]
-    if path.is_file():
-        raise InputError(f"{option} {path} is a file; several images are given, so give a folder.")
-    pictures: dict[Path, None] = {}
-    for image in images:
-        picture = path / f"{image.stem}-{what}.png"
-        if picture in pictures:
-            raise InputError(f"two images would both be drawn as {picture}; describe them in runs of their own.")
-        pictures[picture] = None
-    return [*pictures]
-
-
-def _check_outputs(written: Sequence[Path], read: Sequence[Path]) -> None:
-    """Says before the work what would go wrong after it."""
-    inputs = {os.path.realpath(path) for path in read}
-    outputs: set[str] = set()
-    for path in written:
-        place = os.path.realpath(path)
-        if place in inputs:
-            raise InputError(f"{path} is an input and would be overwritten; give another name.")
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; give the name of a file to write.")
-        # A device takes any number of results.
-        if place in outputs and (path.is_file() or not path.exists()):
-            raise InputError(f"two results would be written to {path}; give each a name of its own.")
-        outputs.add(place)
-    for folder in {Path(place).parent for place in outputs}:
-        for above in (folder, *folder.parents):
-            if os.fspath(above) in outputs or above.is_file():
-                raise InputError(f"{above} is a file, so nothing can be written in it; give another name.")
 
 
 def _digest(regions: Any) -> str:
@@ -458,15 +394,9 @@ def _fault(image: Path, boxes: Any) -> InputError | None:
 
 def _draw(regions: Regions, annotated: Path | None, looked_at: Path | None, *, dense: bool) -> None:
     if annotated is not None:
-        _save(regions.plot_dense() if dense else regions.plot(), annotated)
+        save_picture(regions.plot_dense() if dense else regions.plot(), annotated)
     if looked_at is not None:
-        _save(regions.plot_views(explain=regions.searched), looked_at)
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    name = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG")
-    with atomic_write(path, "wb") as file:
-        picture.save(file, format=name)
+        save_picture(regions.plot_views(explain=regions.searched), looked_at)
 
 
 def _write_lines(lines: ResumableLines, described: Iterator[tuple[Path, Regions | InputError]]) -> None:

@@ -207,6 +207,22 @@ def _messages(record: Any, log: RecordLog) -> list[tuple[Any, ...]]:
 # -------------------------------------------------------------------- boxes
 
 
+def open_box_records(path: Path) -> Iterator[tuple[str, str | None, tuple[BoxSet, ...]]]:
+    """(id, image or video where the record names it, boxes, one set a frame) of each record of a box file.
+
+    Raises:
+        InputError: the file is missing or damaged, or a record is broken.
+    """
+    log = RecordLog(False)
+    for record in _box_records(path):
+        try:
+            sample_id, picture, (_, frames) = _box_record(record)
+        except BadRecord as error:
+            log.bad(path, f"box record {name_of(record, 'id')}", error)
+            continue
+        yield sample_id, picture, tuple(BoxSet(*frame) for frame in frames)
+
+
 def _box_records(path: Path) -> Iterator[Any]:
     """The records of a list, or of an object by id."""
     try:

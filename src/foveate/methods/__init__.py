@@ -150,7 +150,7 @@ def load(
             runs.
         CheckpointError: the checkpoint is truncated, corrupt or of another layout.
     """
-    where, precision = _device(device), find_dtype(dtype)
+    where, precision = find_device(device), find_dtype(dtype)
     if keep_tokens is not None:  # before weights are read
         importlib.import_module("foveate.methods.hired.configuration").check_budget(keep_tokens)
     folder = find_checkpoint(name)
@@ -204,7 +204,12 @@ def register() -> None:
             AutoProcessor.register(method.config, method.processor, exist_ok=True)
 
 
-def _device(name: str | torch.device | None) -> torch.device | None:
+def find_device(name: str | torch.device | None) -> torch.device | None:
+    """The device of this name, if there is one here; None stays None.
+
+    Raises:
+        InputError: there is none.
+    """
     if name is None:
         return None
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,19 @@ from PIL import Image
 from foveate.checkpoints import suggestion
 from foveate.errors import InputError
 
+_EXTRA = ("labels", "id", "image")
+"""What the entry of an image may have besides boxes and scores."""
+
 
 class BoxFile:
     """Boxes of images in a JSON file: `{"image name": [[x0, y0, x1, y1], ...]}`, or the list alone for one image.
 
     An image is named by its path as given, its file name, or its file name without the ending. With a detector's
     scores, an entry is `{"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}`, as many scores as boxes, 0 to 1; boxes
-    without scores count as 1.
+    without scores count as 1. It may have "labels", too.
+
+    MG-LLaVA's box files, `[{"id": ..., "boxes": [...], "scores": [...], "labels": [...]}, ...]`, name images by their
+    ids or, where a record has it, by "image" or "video". Of several records of an id the last counts (spec 3.1).
 
     Raises:
         InputError: there is no such file, it is no JSON, or it names an image twice.
@@ -29,7 +36,7 @@ class BoxFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._listed = _read_json(self.path)
+        self._listed = _by_name(_read_json(self.path), self.path)
 
     def entries(self, images: Sequence[str | os.PathLike[str]]) -> list[Any]:
         """What the file has for each image, unchecked: a list of boxes, or boxes with scores.
@@ -79,7 +86,7 @@ class BoxFile:
     def _proposer(self, entry: Any) -> Callable[[Image.Image], tuple[np.ndarray, np.ndarray]]:
         boxes, scores = entry, None
         if isinstance(entry, dict):
-            if set(entry) != {"boxes", "scores"}:
+            if not {"boxes", "scores"} <= set(entry) <= {"boxes", "scores", *_EXTRA}:
                 raise InputError(f'{self.path}: an entry must have "boxes" and "scores", this has {sorted(entry)}.')
             boxes, scores = entry["boxes"], entry["scores"]
 
@@ -93,6 +100,22 @@ class BoxFile:
             return checked, np.ones(len(checked)) if scores is None else check_scores(scores, str(self.path))
 
         return propose
+
+
+def _by_name(listed: Any, path: Path) -> Any:
+    """Records of MG-LLaVA's layout by everything that an image may be called; another content as it is."""
+    if not isinstance(listed, list) or not any(isinstance(record, dict) for record in listed):
+        return listed
+    named: dict[str, Any] = {}
+    for record in listed:
+        if not isinstance(record, dict) or not isinstance(record.get("id"), str | int):
+            raise InputError(f'{path}: a record must be an object with an "id", this is {record!r:.60}.')
+        names = [str(record["id"]), *(record[key] for key in ("image", "video") if isinstance(record.get(key), str))]
+        named |= dict.fromkeys(names, record)
+    # Files of one name in different folders are told by their paths only.
+    counts = Counter(Path(name).name for name in named)
+    named |= {Path(name).name: own for name, own in named.items() if counts[Path(name).name] == 1}
+    return named
 
 
 def _read_json(path: Path) -> Any:

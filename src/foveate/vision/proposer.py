@@ -237,12 +237,14 @@ class Proposals:
         scores: (R,) float32 probabilities that an object is there.
         label_scores: (R,) float32 probabilities of the labels, given an object.
         labels: R names of the most likely class.
+        class_scores: (R, K) float32 probabilities of all classes, given an object.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     label_scores: np.ndarray
     labels: tuple[str, ...]
+    class_scores: np.ndarray
 
 
 class RegionProposer:
@@ -330,8 +332,9 @@ class RegionProposer:
         for k in range(len(pictures)):
             own_boxes, own_scores, own_cells = (part[k, chosen[k]] for part in (boxes, scores, cells))
             kept = batched_nms(own_boxes, own_scores, torch.zeros_like(own_cells), config.nms_threshold)
-            label_scores, labels = output.classes[k].flatten(1)[:, own_cells[kept]].softmax(0).max(0)
+            class_scores = output.classes[k].flatten(1)[:, own_cells[kept]].softmax(0).T
+            label_scores, labels = class_scores.max(1)
             names = tuple(config.class_names[label] for label in labels.tolist())
-            arrays = [part.cpu().numpy() for part in (own_boxes[kept], own_scores[kept], label_scores)]
-            found.append(Proposals(arrays[0], arrays[1], arrays[2], names))
+            arrays = [part.cpu().numpy() for part in (own_boxes[kept], own_scores[kept], label_scores, class_scores)]
+            found.append(Proposals(arrays[0], arrays[1], arrays[2], names, arrays[3]))
         return found

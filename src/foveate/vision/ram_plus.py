@@ -10,7 +10,10 @@ descriptions each, H channels of the decoder.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from foveate.errors import CheckpointError
+from foveate.checkpoints import read_config
+from foveate.errors import CheckpointError, InputError
+from foveate.files import atomic_folder
+from foveate.language.official import read_safetensors, read_tensors, refuse, write_json, write_safetensors
+from foveate.language.words import read_lines
+
+MODEL_TYPE = "foveate_ram_plus"
 
 _DROPPED = ("relative_position_index", "attn_mask")
 """Constants that official files repeat for each layer."""
@@ -287,3 +296,123 @@ _TEXT_SIDE = (
     "text_proj.",
     "visual_encoder.head.",
 )
+
+
+# -------------------------------------------------------------------- folders
+
+
+def load_ram_plus(folder: Path) -> tuple[RamPlus, dict[str, Any]]:
+    """What `convert_ram_plus` wrote: the network in evaluation mode, and its `tags`, `thresholds` and `image_size`.
+
+    Raises:
+        InputError: the folder is of another model.
+        CheckpointError: a file is damaged, or weights are missing or too many.
+    """
+    content = read_config(folder)
+    if content.get("model_type") != MODEL_TYPE:
+        raise InputError(f"{folder} is a {content.get('model_type')!r} model, not a RAM++.")
+    try:
+        sizes = {name: content[name] for name in ("image_size", "tags", "thresholds", "swin", "head")}
+        with torch.device("meta"):
+            model = RamPlus(Swin(sizes["image_size"], **sizes["swin"]), tags=len(sizes["tags"]), **sizes["head"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a RAM++: {error}.") from None
+    weights = read_safetensors(folder)
+    _fill(model, weights, str(folder))
+    return model.eval(), sizes
+
+
+def convert_ram_plus(
+    official: str | os.PathLike[str],
+    *,
+    tags: str | os.PathLike[str],
+    thresholds: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    image_size: int = 384,
+) -> list[str]:
+    """The official file -> a folder that `load_ram_plus` reads; the 4585 x 51 text embeddings in half precision.
+
+    Sizes are read off the weights. The decoder has 4 heads, which no shape shows.
+
+    Args:
+        official: `ram_plus_swin_large_14m.pth`.
+        tags, thresholds: `ram_tag_list.txt` and `ram_tag_list_threshold.txt`, which are not in it.
+        out: folder to write, new or empty; None only compares the files.
+        image_size: side of the pictures that the model was trained on.
+    Returns:
+        The keys of the file that are not used.
+
+    Raises:
+        InputError: a file is missing or empty, or the lists and the weights do not agree.
+        CheckpointError: the file is damaged, or keys are missing, unknown or of another shape; all are listed.
+    """
+    names = read_lines(tags, "tag")
+    limits = read_lines(thresholds, "threshold")
+    try:
+        levels = [float(limit) for limit in limits]
+        if not all(0 <= level <= 1 for level in levels):
+            raise ValueError("a threshold is not from 0 to 1")
+    except ValueError as error:
+        raise InputError(f"{os.fspath(thresholds)} is no list of thresholds ({error}); give a number a line.") from None
+    if len(names) != len(levels):
+        raise InputError(f"there are {len(names)} tags and {len(levels)} thresholds; give lists of one model.")
+    weights, unused = clean_keys(read_tensors(official, skip_objects=True))
+    try:
+        swin, head = _sizes(weights, len(names))
+        with torch.device("meta"):
+            model = RamPlus(Swin(image_size, **swin), tags=len(names), **head)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{os.fspath(official)} is not a RAM++ of {len(names)} tags ({error}).") from None
+    weights["label_embed"] = weights["label_embed"].half()
+    _fill(model, weights, os.fspath(official))
+    if out is not None:
+        content = {
+            "model_type": MODEL_TYPE,
+            "image_size": image_size,
+            "swin": swin,
+            "head": head,
+            "tags": names,
+            "thresholds": levels,
+        }
+        with atomic_folder(out) as folder:
+            write_safetensors(model.state_dict(), folder, None, "2GB", lambda: None)
+            write_json(folder / "config.json", content)
+    return unused
+
+
+def _sizes(weights: Mapping[str, Tensor], tags: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """What shapes say: the arguments of `Swin` and `RamPlus` besides the picture's size and the number of tags."""
+    stages = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("visual_encoder.layers."))
+    bias = "visual_encoder.layers.{}.blocks.{}.attn.relative_position_bias_table"
+    depths = [next(j for j in count() if bias.format(i, j) not in weights) for i in range(stages)]
+    table = weights[bias.format(0, 0)]
+    layers = "tagging_head.encoder.layer.{}.output.dense.weight"
+    rows = weights["label_embed"].shape[0]
+    if rows % tags:
+        raise ValueError(f"its {rows} text embeddings are no multiple of them")
+    swin = {
+        "width": weights["visual_encoder.patch_embed.proj.weight"].shape[0],
+        "depths": depths,
+        "heads": [weights[bias.format(i, 0)].shape[1] for i in range(stages)],
+        "window": (math.isqrt(table.shape[0]) + 1) // 2,
+        "patch_size": weights["visual_encoder.patch_embed.proj.weight"].shape[-1],
+    }
+    head = {
+        "descriptions": rows // tags,
+        "projected": weights["image_proj.weight"].shape[0],
+        "hidden": weights["wordvec_proj.weight"].shape[0],
+        "layers": next(j for j in count() if layers.format(j) not in weights),
+    }
+    return swin, head
+
+
+def _fill(model: RamPlus, weights: Mapping[str, Tensor], what: str) -> None:
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    problems = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unknown": sorted(weights.keys() - expected.keys()),
+        "of another shape": [key for key in expected if key in weights and weights[key].shape != expected[key]],
+        "with values that are not finite": [key for key, value in weights.items() if not value.isfinite().all()],
+    }
+    refuse(f"{what} does not fit RAM++", problems, "give the complete checkpoint")
+    model.load_state_dict(dict(weights), assign=True)

@@ -105,11 +105,11 @@ def _read_animation(path: Path, frames: int) -> Video:
 
 def _read_container(path: Path, frames: int) -> Video:
     try:
-        import av  # pyright: ignore[reportMissingImports]
+        import av
     except ImportError:
         raise InputError(
-            f"{path} needs PyAV to be decoded, which is not installed: `pip install av`, or give a folder of its "
-            "frames or a GIF."
+            f"{path} needs PyAV to be decoded, which is not installed: `pip install foveate[video]`, or give a folder "
+            "of its frames or a GIF."
         ) from None
     try:
         with av.open(os.fspath(path)) as container:
@@ -117,7 +117,8 @@ def _read_container(path: Path, frames: int) -> Video:
             total = sum(1 for _ in _decoded(container))
         wanted = even_indices(total, frames, str(path))
         with av.open(os.fspath(path)) as container:
-            found = {index: frame.to_image() for index, frame in enumerate(_decoded(container)) if index in set(wanted)}
+            seen = set(wanted)
+            found = {index: _upright(frame) for index, frame in enumerate(_decoded(container)) if index in seen}
         return Video(tuple(found[index] for index in wanted))
     except InputError:
         raise
@@ -130,6 +131,12 @@ def _decoded(container: Any) -> Iterator[Any]:
         if number >= MAX_FRAMES:
             raise InputError(f"the video has more than {MAX_FRAMES} frames; cut it.")
         yield frame
+
+
+def _upright(frame: Any) -> Image.Image:
+    """Telephones film in one direction and note how to turn the picture."""
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def _undecodable(path: Path, error: Exception) -> InputError:

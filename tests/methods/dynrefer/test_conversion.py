@@ -22,8 +22,8 @@ from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 
 import foveate
 from foveate.errors import CheckpointError, InputError
+from foveate.language.words import COCO_CLASSES
 from foveate.methods.dynrefer.conversion import (
-    COCO_CLASSES,
     check_checkpoint,
     convert_checkpoint,
     convert_state_dict,

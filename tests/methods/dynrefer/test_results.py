@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.methods.dynrefer.results import PALETTE, Region, Regions, Report, View, ViewChoice
+from foveate.methods.dynrefer.results import Region, Regions, Report, View, ViewChoice
 from foveate.methods.dynrefer.views import search_views
+from foveate.vision.drawing import PALETTE
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 
 from foveate import __version__
 from foveate.checkpoints import find_checkpoint, read_config
-from foveate.data.records import read_json, read_text
+from foveate.data.records import read_json
 from foveate.errors import CheckpointError, InputError
 from foveate.files import atomic_folder
 from foveate.language.lm import check_tokenizer, load_config, load_text_encoder, load_tokenizer, untie_lm_head
@@ -39,6 +39,7 @@ from foveate.language.official import (
     write_safetensors,
 )
 from foveate.language.pretrained import first_line
+from foveate.language.words import COCO_CLASSES, read_lines
 from foveate.methods import find_dtype
 
 from .captioners import Captioner, DecoderOnly, EncoderDecoder, captioner_of, with_padding_row
@@ -56,20 +57,6 @@ EVA_TEXT_HEADS = 12
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 """Whose tokenizer goes with `eva_clip_psz14.pt`, which brings none: any CLIP's (spec 2.8)."""
-
-COCO_CLASSES: tuple[str, ...] = tuple(
-    name.strip()
-    for name in """
-    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
-    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
-    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
-    teddy bear, hair drier, toothbrush
-    """.split(",")  # noqa: SIM905 (eighty lines less)
-)
-"""The 80 categories of COCO, the classes that the official model chooses from."""
 
 # Key prefixes, theirs and ours; # is the number of a layer. The first that fits counts, in either direction.
 _OFFICIAL = (
@@ -745,20 +732,6 @@ def _table(tensors: Mapping[str, Tensor], origin: Mapping[str, str]) -> Iterable
 
 
 # ---------------------------------------------------------------- words
-
-
-def read_lines(path: str | os.PathLike[str], what: str) -> tuple[str, ...]:
-    """The lines of a word list such as `ram_tag_list.txt`, stripped.
-
-    Raises:
-        InputError: the file is missing or no text, has no line or an empty one; `what` says what a line holds.
-    """
-    lines = [line.strip() for line in read_text(Path(path)).splitlines()]
-    blank = next((number for number, line in enumerate(lines, 1) if not line), None)
-    if not lines or blank is not None:
-        where = "is empty" if not lines else f"has an empty line {blank}"
-        raise InputError(f"{os.fspath(path)} {where}; give a text file with a {what} a line.")
-    return tuple(lines)
 
 
 def _processor(

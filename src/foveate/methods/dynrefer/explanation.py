@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from foveate.vision.drawing import GREY, MAX_SIDE, PALETTE, fit_text, more_regions
+
 from .configuration import CANDIDATE_VIEWS
-from .results import GREY, MAX_SIDE, PALETTE, Region, ViewChoice, fit_text, more_regions
+from .results import Region, ViewChoice
 from .views import hash_distances, interpolate_boxes, pixel_boxes
 
 _GAP, _HEAD, _LABEL, _BAR = 8, 20, 34, 72

@@ -27,6 +27,7 @@ from foveate.errors import FoveateError, InputError, RecipeError
 from foveate.language.generation import check_generation
 from foveate.language.lm import load_config, load_tokenizer
 from foveate.language.pretrained import first_line
+from foveate.language.words import COCO_CLASSES, read_lines
 from foveate.metrics.calibration import best_f1_threshold, expected_calibration_error, fit_platt
 from foveate.metrics.captioning import caption_report, mentioned_words
 from foveate.metrics.classification import class_breakdown, mean_average_precision
@@ -54,7 +55,7 @@ from .configuration import (
     check_views,
     find_dynrefer,
 )
-from .conversion import COCO_CLASSES, initialise_from_blip2, read_attributes, read_lines
+from .conversion import initialise_from_blip2, read_attributes
 from .modeling import DynReferModel
 from .predictor import TASKS, DynReferPredictor
 from .processing import CLASS_TEMPLATE, DynReferProcessor, Vocabulary, control_text

@@ -54,6 +54,7 @@ class Answer:
         tokens: number of tokens generated.
         boxes: of each picture (of each frame of a video) the boxes that the model saw, xyxy in pixels of the picture as
             it was given; empty where there were none.
+        labels: of each of these boxes the word that came with it; "" for boxes that a person drew.
         gate: tanh of the fusion's gate for each picture, how much of the high resolution is let in; () without a gate.
         milliseconds: where the time went: "boxes", "pictures", "towers", "answer".
         kept: of each picture or frame, which of its image tokens the model read; empty where none are dropped.
@@ -63,12 +64,28 @@ class Answer:
     finish: str
     tokens: int
     boxes: tuple[tuple[Box, ...], ...] = ()
+    labels: tuple[tuple[str, ...], ...] = ()
     gate: tuple[float, ...] = field(default=(), compare=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
     kept: tuple[KeptTokens, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Boxes and labels are those of the image, or a list a frame of a video."""
+        listed = [list(map(list, own)) for own in self.boxes], [list(own) for own in self.labels]
+        boxes, labels = (own[0] if len(own) == 1 else own for own in listed)
+        return {
+            "answer": self.text,
+            "finish": self.finish,
+            "tokens": self.tokens,
+            "boxes": boxes,
+            "labels": labels,
+            "gate": [round(value, 4) for value in self.gate],
+            "milliseconds": {stage: round(value, 1) for stage, value in self.milliseconds.items()},
+            "kept": [own.to_dict() for own in self.kept],
+        }
 
 
 @dataclass(frozen=True)
@@ -78,13 +95,14 @@ class Seen:
     Attributes:
         tokens: image and object tokens of its pictures.
         kind: `<image>` or `<video>`.
-        boxes, milliseconds: as in `Answer`.
+        boxes, labels, milliseconds: as in `Answer`.
         kept: as in `Answer`.
     """
 
     tokens: VisualTokens
     kind: str
     boxes: tuple[tuple[Box, ...], ...]
+    labels: tuple[tuple[str, ...], ...]
     milliseconds: dict[str, float]
     kept: tuple[KeptTokens, ...] = ()
 
@@ -98,6 +116,7 @@ class _Prepared:
     pictures: list[Picture]
     kind: str
     boxes: tuple[tuple[Box, ...], ...]
+    labels: tuple[tuple[str, ...], ...]
     milliseconds: dict[str, float]
     regions: list[np.ndarray]  # (1, 4) of each picture, the part of it that the image tokens show
 
@@ -180,7 +199,7 @@ class MGLlavaPredictor(ChatPredictor):
             questions: one, or a list: of one picture, or one for each picture of a list. `<image>` may stand in them;
                 otherwise the picture comes first.
             boxes: of each picture: None for those of the proposer, [] for none, (K, 4) xyxy pixels, or a record of a
-                box file; of a video a list with an entry a frame.
+                box file; of a video a list with an entry a frame, or [] for none.
             batch_size: questions that run together.
             progress: called with (questions done, questions in all).
             generation: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stops.
@@ -196,11 +215,12 @@ class MGLlavaPredictor(ChatPredictor):
         """A conversation about a picture or a video, which is encoded once.
 
         Args:
-            image, boxes: as `ask` takes one of them.
+            image, boxes: as `ask` takes one of them; or what `see` gave, which is not encoded again.
             generation: defaults of every answer.
         """
         self._sampling(generation)
-        return Conversation(self, self.see(image, boxes), generation)
+        seen = image if isinstance(image, Seen) else self.see(image, boxes)
+        return Conversation(self, seen, generation)
 
     def see(self, source: Any, boxes: Any = None) -> Seen | None:
         """A picture or video as the language model takes it; None of None.
@@ -228,7 +248,8 @@ class MGLlavaPredictor(ChatPredictor):
                 continue
             own = tokens.take(range(first, first + len(one.pictures)))
             first += len(one.pictures)
-            seen.append(Seen(own, one.kind, one.boxes, {**one.milliseconds, "towers": took}, _kept(own, one.regions)))
+            times = {**one.milliseconds, "towers": took}
+            seen.append(Seen(own, one.kind, one.boxes, one.labels, times, _kept(own, one.regions)))
         return seen
 
     # ---------------------------------------------------------------- inside
@@ -244,6 +265,8 @@ class MGLlavaPredictor(ChatPredictor):
         images = [load_image(frame) for frame in frames]
         records = [boxes]
         if video:
+            if isinstance(boxes, list | tuple) and not boxes:
+                boxes = [[]] * len(images)
             if boxes is not None and (isinstance(boxes, dict) or len(boxes) != len(images)):
                 raise InputError(
                     f"a video needs boxes for each of the {len(images)} frames that are seen: a list with an entry a "
@@ -257,14 +280,15 @@ class MGLlavaPredictor(ChatPredictor):
             proposing = self._milliseconds(found)
         processor = self.processor
         pictures = processor.video(images, records) if video else [processor.picture(images[0], records[0])]
-        used = tuple(
-            tuple(map(tuple, BoxRecord.parse(own, size=image.size).boxes[list(picture.box_sources)].tolist()))
-            for own, image, picture in zip(records, images, pictures, strict=True)
-        )
+        parsed = [BoxRecord.parse(own, size=image.size) for own, image in zip(records, images, strict=True)]
+        shown = [(own, list(picture.box_sources)) for own, picture in zip(parsed, pictures, strict=True)]
+        used = tuple(tuple(map(tuple, own.boxes[rows].tolist())) for own, rows in shown)
+        # Boxes without words were numbered when they were parsed.
+        labels = tuple(tuple(own.labels[k] if own.labels[k] != f"#{k}" else "" for k in rows) for own, rows in shown)
         times = {"boxes": proposing, "pictures": self._milliseconds(started) - proposing}
         padded = self.model.config.pad_to_square and not video
         regions = [square_region(*image.size, padded=padded) for image in images]
-        return _Prepared(pictures, VIDEO if video else IMAGE, used, times, regions)
+        return _Prepared(pictures, VIDEO if video else IMAGE, used, labels, times, regions)
 
     def _propose(self, image: Image.Image) -> Any:
         assert self.proposer is not None
@@ -345,7 +369,7 @@ def _answer(text: TextStream, seen: Seen | None, milliseconds: float) -> Answer:
         return replace(answer, milliseconds={"answer": milliseconds})
     answer = replace(answer, kept=seen.kept)
     times = {**seen.milliseconds, "answer": milliseconds}
-    return replace(answer, boxes=seen.boxes, gate=seen.gate, milliseconds=times)
+    return replace(answer, boxes=seen.boxes, labels=seen.labels, gate=seen.gate, milliseconds=times)
 
 
 def _kept(tokens: VisualTokens, regions: Sequence[np.ndarray]) -> tuple[KeptTokens, ...]:

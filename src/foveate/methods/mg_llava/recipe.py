@@ -63,6 +63,12 @@ class TrainingData(ConversationData):
     shuffle_turns: bool = Field(
         False, description="draw the order of a conversation's questions anew, where none refers to another"
     )
+    kinds: tuple[str, ...] = Field(
+        (), description="learn only from questions of these kinds, the extra key of a message; without any, from all"
+    )
+    most_turns: int | None = Field(
+        None, gt=0, description="questions of a conversation, drawn anew each epoch where turns are shuffled"
+    )
     cache_features: RecipePath | None = Field(
         None, description="folder that keeps what the frozen towers see of each picture, computed once for all runs"
     )
@@ -220,14 +226,31 @@ class ConversationDataset(SeededDataset):
             self._entries[place] = entries[key]
         self.cache = FeatureCache(folder, listed, model, self.processor)
 
+    def leave_out_other_kinds(self) -> None:
+        """Keep the conversations that have a question of the recipe's kinds.
+
+        Raises:
+            RecipeError: none has.
+        """
+        wanted = set(self.data.kinds)
+        self.index = [place for place in self.index if any(turn[2] in wanted for turn in turns(self.samples[place]))]
+        if not self.index:
+            raise RecipeError(f"no conversation of data has a question of the kinds {', '.join(self.data.kinds)}")
+
     def lengths(self) -> SampleLengths:
         """Words of each conversation; kinds: 0 text only, 1 an image, 2 a video. Visual tokens are as many for each."""
         lengths, kinds = [], []
         for place in self.index:
             sample = self.samples[place]
-            lengths.append(sum(len(message.text.split()) for message in sample.messages))
+            lengths.append(self._words(sample))
             kinds.append(2 if sample.video is not None else int(sample.image is not None))
         return SampleLengths(lengths, kinds)
+
+    def _words(self, sample: ConversationSample) -> int:
+        if not self.data.kinds and self.data.most_turns is None:
+            return sum(len(message.text.split()) for message in sample.messages)
+        kept = [turn for turn in turns(sample) if not self.data.kinds or turn[2] in self.data.kinds]
+        return sum(len(f"{asked} {answer}".split()) for asked, answer, _, _ in kept[: self.data.most_turns])
 
     def sample(self, index: int, random: SampleRandom) -> dict[str, Any]:
         reason = ""
@@ -258,10 +281,14 @@ class ConversationDataset(SeededDataset):
     def messages(self, sample: ConversationSample, random: SampleRandom) -> list[dict[str, str]]:
         """The conversation in LLaVA's form, its turns in an order of their own where the recipe says so."""
         spoken = [(message.speaker, message.text) for message in sample.messages]
-        if self.data.shuffle_turns:
-            pairs = [(plain_question(asked), answer) for asked, answer, _, _ in turns(sample)]
+        data = self.data
+        if data.shuffle_turns or data.kinds or data.most_turns is not None:
+            kept = [turn for turn in turns(sample) if not data.kinds or turn[2] in data.kinds]
+            pairs = [(plain_question(asked), answer) for asked, answer, _, _ in kept]
             seen = next((name for _, text in spoken for name in PLACEHOLDERS if name in text), None)
-            random.numpy.shuffle(pairs)
+            if data.shuffle_turns:
+                random.numpy.shuffle(pairs)
+            pairs = pairs[: data.most_turns]
             spoken = [line for asked, answer in pairs for line in (("human", asked), ("gpt", answer))]
             if seen is not None:
                 spoken[0] = ("human", f"{seen}\n{spoken[0][1]}")
@@ -475,6 +502,8 @@ def build(recipe: MGLlavaRecipe) -> TrainingTask:
     dataset = ConversationDataset(samples, index, processor, recipe.data)
     if recipe.data.cache_features is not None:
         dataset.keep_features(recipe.data.cache_features, model)
+    if recipe.data.kinds:  # after the features, which are of all pictures, for other recipes too
+        dataset.leave_out_other_kinds()
 
     def save(folder: Path) -> None:
         trained: MGLlavaModel = model

@@ -1,7 +1,8 @@
 """Pre-training of `llama-world`: a Llama that answers questions about scenes of the rendered world from words.
 
 What a picture would tell stands in words where the picture's tokens will be: the objects of a scene, each with its
-attributes and what it is beside. Conversations are in Vicuna's template. Colours, categories and the words on signs are
+attributes and what it is beside; or, as a picture's object tokens are, each object in one token, whose embedding is the
+sum of those of its words. Conversations are in Vicuna's template. Colours, categories and the words on signs are
 exchanged at random, so that the answer has to be read and cannot be known; signs with random letters have it learn to
 spell. Captions by themselves teach the language.
 """
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from foveate.errors import RecipeError
@@ -30,8 +32,8 @@ from foveate.training.sampling import SampleRandom, SeededDataset
 from foveate.training.standins.loading import load_stand_in
 from foveate.training.standins.rendered import MAX_SCENES
 from foveate.training.trainer import TrainingTask
-from foveate.world.grammar import scene_caption, with_articles
-from foveate.world.scenes import Scene, SceneQuestion, render_scenes
+from foveate.world.grammar import relation_clause, scene_caption, with_articles
+from foveate.world.scenes import Instance, Scene, SceneQuestion, render_scenes
 from foveate.world.vocabulary import category_names, colour_names, raw_vocabulary
 
 BRIEFLY = "describe the picture briefly."
@@ -68,6 +70,9 @@ class LlamaSizes(RecipeSection):
         ge=0,
         le=1,
         description="conversations about one to four objects of the scene, from which reading is learnt",
+    )
+    bags: float = Field(
+        0.5, ge=0, le=1, description="conversations about objects that are one token each, the sum of their words"
     )
     prompt_weight: float = Field(0.2, ge=0, description="factor of the loss on what is not an answer")
 
@@ -146,6 +151,7 @@ class SceneWords:
         background: "a green field".
         objects: one phrase per object, the largest first.
         things: "a red car" per object.
+        plain: the phrases without what an object is beside.
         described: per object, whether it is large and plain enough that descriptions speak of it.
         asked: one question of each kind that the scene has; `about` is a place in `objects`.
         questions: all of them.
@@ -157,6 +163,7 @@ class SceneWords:
     described: tuple[bool, ...]
     asked: tuple[SceneQuestion, ...]
     questions: tuple[SceneQuestion, ...]
+    plain: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, scene: Scene) -> SceneWords:
@@ -175,6 +182,10 @@ class SceneWords:
                 item.captions[0] if item.captions else thing for item, thing in zip(items, things, strict=True)
             ),
             things=things,
+            plain=tuple(
+                _without_relation(scene, item) if item.captions else thing
+                for item, thing in zip(items, things, strict=True)
+            ),
             described=tuple(item.describable for item in items),
             asked=listed(scene.questions),
             questions=listed(scene.all_questions),
@@ -184,6 +195,10 @@ class SceneWords:
         """ "a green field: a red car above a black sign; a small wooden black sign that says bus below a red car" """
         listed = range(len(self.objects)) if order is None else order
         return f"{self.background}: {'; '.join(self.objects[k] for k in listed)}"
+
+    def bags_context(self, mark: str) -> str:
+        """As `context`, a mark for each object."""
+        return f"{self.background}: {mark * len(self.objects)}"
 
     def described_objects(self, order: Sequence[int]) -> str:
         """The phrases of the describable objects."""
@@ -208,6 +223,7 @@ class SceneWords:
             self,
             objects=tuple(self.objects[k] for k in kept),
             things=tuple(self.things[k] for k in kept),
+            plain=tuple(self.plain[k] for k in kept),
             described=tuple(self.described[k] for k in kept),
             asked=left(self.asked),
             questions=left(self.questions),
@@ -233,9 +249,19 @@ class SceneWords:
             self,
             objects=tuple(map(change, self.objects)),
             things=tuple(map(change, self.things)),
+            plain=tuple(map(change, self.plain)),
             asked=asked(self.asked),
             questions=asked(self.questions),
         )
+
+
+def _without_relation(scene: Scene, item: Instance) -> str:
+    """The canonical caption without its clause."""
+    phrase = item.captions[0]
+    for relation in item.relations[:1]:
+        other = scene.instances[relation.object_index]
+        phrase = phrase.replace(relation_clause(relation.predicate, other.attributes["colour"], other.category), "")
+    return " ".join(phrase.split())
 
 
 def scene_caption_of(background: str, things: Sequence[str]) -> str:
@@ -306,7 +332,8 @@ def conversation_ids(
 
 
 class WorldTalk(SeededDataset):
-    """A sample: `ids`, and `labels` of the same length: of the answers of a conversation, of all of a caption."""
+    """A sample: `ids`, and `labels` of the same length: of the answers of a conversation, of all of a caption; and
+    `bags`, the words of each object that is one token, where the ids have padding."""
 
     def __init__(self, scenes: Sequence[SceneWords], tokenizer: Any, sizes: LlamaSizes) -> None:
         self.scenes = scenes
@@ -316,7 +343,7 @@ class WorldTalk(SeededDataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def sample(self, index: int, random: SampleRandom) -> dict[str, list[int]]:
+    def sample(self, index: int, random: SampleRandom) -> dict[str, Any]:
         draw = random.numpy
         scene = self.scenes[index]
         if draw.random() < self.sizes.focus:
@@ -328,6 +355,8 @@ class WorldTalk(SeededDataset):
             ids = self.tokenizer.encode(phrase, add_special_tokens=False)
             ids = [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
             return {"ids": ids, "labels": ids}
+        if draw.random() < self.sizes.bags:
+            return self._of_bags(scene, draw)
         order = list(range(len(scene.objects)))
         by_size = draw.random() < 0.5
         if not by_size:
@@ -344,6 +373,23 @@ class WorldTalk(SeededDataset):
         )
         return {"ids": ids, "labels": labels}
 
+    def _of_bags(self, scene: SceneWords, draw: np.random.Generator) -> dict[str, Any]:
+        """A conversation about one token an object, in any order; what is where cannot be told from these."""
+        order = draw.permutation(len(scene.objects)).tolist()
+        pairs = self._questions(
+            replace(
+                scene, questions=tuple(each for each in scene.questions if each.kind in ("colour", "count", "text"))
+            ),
+            draw,
+        )
+        if draw.random() < 0.3 or not pairs:
+            pairs.insert(0, (OBJECTS, "; ".join(scene.plain[k] for k in order)))
+        bags = [self.tokenizer.encode(scene.plain[k], add_special_tokens=False) for k in order]
+        ids, labels = conversation_ids(
+            scene.bags_context(self.tokenizer.pad_token), pairs, self.tokenizer, self.sizes.template, self.sizes.length
+        )
+        return {"ids": ids, "labels": labels, "bags": bags}
+
     def _questions(self, scene: SceneWords, draw: np.random.Generator) -> list[tuple[str, str]]:
         """All questions of the scene, each kind in turn as long as it has some left."""
         pool: defaultdict[str, list[SceneQuestion]] = defaultdict(list)
@@ -356,8 +402,8 @@ class WorldTalk(SeededDataset):
         return [(each.question, each.answer) for each in chosen]
 
 
-def _collate(pad: int) -> Callable[[list[dict[str, list[int]]]], dict[str, Tensor]]:
-    def collate(samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+def _collate(pad: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
+    def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         longest = max(len(sample["ids"]) for sample in samples)
 
         def padded(key: str, value: int) -> Tensor:
@@ -365,9 +411,27 @@ def _collate(pad: int) -> Callable[[list[dict[str, list[int]]]], dict[str, Tenso
 
         lengths = torch.tensor([len(sample["ids"]) for sample in samples])
         mask = (torch.arange(longest) < lengths[:, None]).long()
-        return {"input_ids": padded("ids", pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+        batch = {"input_ids": padded("ids", pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+        bags = [torch.tensor(bag) for sample in samples for bag in sample.get("bags", ())]
+        return batch | ({"bags": pad_sequence(bags, batch_first=True, padding_value=pad)} if bags else {})
 
     return collate
+
+
+def embed_bags(embed: nn.Module, input_ids: Tensor, attention_mask: Tensor, bags: Tensor, pad: int) -> Tensor:
+    """Embeddings of the ids, and at the padding among them, in order, the sum of each bag's words.
+
+    Args:
+        embed: (..., ) ids -> (..., C).
+        input_ids, attention_mask: (B, T).
+        bags: (N, L) ids of words, padded.
+
+    Returns:
+        (B, T, C).
+    """
+    words = embed(input_ids)
+    sums = (embed(bags) * (bags != pad).unsqueeze(-1)).sum(dim=1)
+    return words.masked_scatter(((input_ids == pad) & attention_mask.bool()).unsqueeze(-1), sums)
 
 
 # -------------------------------------------------------------------- the recipe's parts
@@ -381,11 +445,18 @@ class LlamaPretraining(nn.Module):
         self.llama = llama
         self.prompt_weight = prompt_weight
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Any]:
-        logits = self.llama(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, bags: Tensor | None = None
+    ) -> dict[str, Any]:
+        read: dict[str, Tensor] = {"input_ids": input_ids}
+        pad = self.llama.config.pad_token_id
+        if bags is not None:
+            embed = self.llama.get_input_embeddings()
+            read = {"inputs_embeds": embed_bags(embed, input_ids, attention_mask, bags, pad)}
+        logits = self.llama(**read, attention_mask=attention_mask, use_cache=False).logits
         each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
         learnt = labels[:, 1:] != IGNORED
-        others = ~learnt & (attention_mask[:, 1:] > 0)
+        others = ~learnt & (attention_mask[:, 1:] > 0) & (input_ids[:, 1:] != pad)
         losses = {
             name: weight * (each * mask).sum() / mask.sum().clamp(min=1)
             for name, weight, mask in (("answers", 1.0, learnt), ("prompts", self.prompt_weight, others))
@@ -434,8 +505,9 @@ def build(recipe: LlamaRecipe) -> TrainingTask:
 
 
 def evaluate(recipe: LlamaRecipe, model_path: Path) -> dict[str, Any]:
-    """Questions about scenes in words that must be answered to the letter, by kind; questions for words on signs that
-    the world does not have; and the perplexity of captions, per token.
+    """Questions about scenes in words that must be answered to the letter, by kind, of colour and sign also where each
+    object is one token ("_of_bags"); questions for words on signs that the world does not have; and the perplexity of
+    captions, per token.
 
     Raises:
         InputError: the model is none of this kind.
@@ -459,22 +531,47 @@ def evaluate(recipe: LlamaRecipe, model_path: Path) -> dict[str, Any]:
             asked += [
                 (changed.context(), replace(each, kind="new_word")) for each in changed.asked if each.kind == "text"
             ]
-    written = _answers(model, tokenizer, [(context, each.question) for context, each in asked], recipe.model.template)
+    bags = [
+        (scene.bags_context(tokenizer.pad_token), replace(each, kind=f"{each.kind}_of_bags"), scene.plain)
+        for scene in scenes
+        for each in scene.asked
+        if each.kind in ("colour", "text")
+    ]
+    plain = len(asked)
+    asked += [(context, each) for context, each, _ in bags]
+    written = _answers(
+        model,
+        tokenizer,
+        [(context, each.question) for context, each in asked],
+        recipe.model.template,
+        [()] * plain + [phrases for _, _, phrases in bags],
+    )
     right = np.array([answer == each.answer for answer, (_, each) in zip(written, asked, strict=True)])
     kinds = np.array([each.kind for _, each in asked])
+    in_words = np.isin(kinds, _KINDS)
     metrics: dict[str, Any] = {
-        "questions": int((kinds != "new_word").sum()),
-        "answer_accuracy": float(right[kinds != "new_word"].mean()),
+        "questions": int(in_words.sum()),
+        "answer_accuracy": float(right[in_words].mean()),
     }
-    for kind in (*_KINDS, "new_word"):
+    for kind in (*_KINDS, "new_word", "colour_of_bags", "text_of_bags"):
         metrics[f"{kind}_accuracy"] = float(right[kinds == kind].mean()) if (kinds == kind).any() else float("nan")
     captions = sorted({phrase for scene in scenes for phrase in scene.objects})
     return metrics | {"captions": len(captions), "perplexity": _perplexity(model, tokenizer, captions)}
 
 
 @torch.inference_mode()
-def _answers(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]], template: str) -> list[str]:
-    """Greedy answers, in batches of questions of like length, which are padded on the left."""
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[tuple[str, str]],
+    template: str,
+    bags: Sequence[Sequence[str]] | None = None,
+) -> list[str]:
+    """Greedy answers, in batches of questions of like length, which are padded on the left.
+
+    Args:
+        bags: for each question, the phrases whose marks are in its context.
+    """
     rendered = find_template(template)
     prompts = [encode_turns([rendered.render(f"{context}\n{each}")], tokenizer)[0] for context, each in asked]
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
@@ -484,8 +581,20 @@ def _answers(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]], templ
         longest = max(len(prompts[k]) for k in chosen)
         ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompts[k])) + prompts[k] for k in chosen])
         mask = torch.tensor([[0] * (longest - len(prompts[k])) + [1] * len(prompts[k]) for k in chosen])
+        shown = [
+            torch.tensor(tokenizer.encode(phrase, add_special_tokens=False))
+            for k in chosen
+            for phrase in (bags[k] if bags is not None else ())
+        ]
+        read: dict[str, Tensor] = {"input_ids": ids}
+        start_of_answer = longest
+        if shown:
+            pad = tokenizer.pad_token_id
+            filled = pad_sequence(shown, batch_first=True, padding_value=pad)
+            read = {"inputs_embeds": embed_bags(model.get_input_embeddings(), ids, mask, filled, pad)}
+            start_of_answer = 0  # then only what is new comes back
         output = model.generate(
-            input_ids=ids,
+            **read,
             attention_mask=mask,
             max_new_tokens=16,
             do_sample=False,
@@ -493,7 +602,7 @@ def _answers(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]], templ
             pad_token_id=tokenizer.pad_token_id,
         )
         for k, answer in zip(
-            chosen, tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True), strict=True
+            chosen, tokenizer.batch_decode(output[:, start_of_answer:], skip_special_tokens=True), strict=True
         ):
             stop = [answer.find(mark) for mark in rendered.stops if mark in answer]
             written[k] = answer[: min(stop, default=len(answer))].strip()
