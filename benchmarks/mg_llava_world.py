@@ -27,7 +27,7 @@ from foveate.checkpoints import find_checkpoint
 from foveate.files import atomic_write
 from foveate.methods.mg_llava.modeling import MGLlavaModel
 from foveate.methods.mg_llava.predictor import MGLlavaPredictor
-from foveate.methods.mg_llava.recipe import SIZES
+from foveate.training.conversations import SIZES
 from foveate.training.runner import evaluate, train
 from foveate.vision.plots import line_chart
 

@@ -29,10 +29,12 @@ RECIPES = {
     "proposer-world": ("recipes/standins/proposer_world.yaml",),
     "convnext-world": ("recipes/standins/convnext_world.yaml",),
     "llama-world": ("recipes/standins/llama_world.yaml", "recipes/standins/llama_world_2.yaml"),
+    "llava-next-world": ("recipes/standins/llava_next_world.yaml",),
     "dynrefer-world": ("recipes/dynrefer/world.yaml",),
     "mg-llava-world": ("recipes/mg_llava/world_pretrain.yaml", "recipes/mg_llava/world.yaml"),
 }
 BUILT_ON = {
+    "llava-next-world": ("clip-world", "llama-world"),
     "dynrefer-world": ("clip-world", "t5-world"),
     "mg-llava-world": ("clip-world", "convnext-world", "llama-world"),
 }

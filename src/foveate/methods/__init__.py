@@ -80,6 +80,7 @@ STAND_INS: dict[str, str] = {
     "proposer-world": "foveate.training.standins.proposer",
     "llama-world": "foveate.training.standins.llama",
     "convnext-world": "foveate.training.standins.convnext",
+    "llava-next-world": "foveate.training.standins.llava_next",
 }
 """Pre-trained parts that methods build on: they have recipes, but no verb of their own."""
 

@@ -28,13 +28,12 @@ from foveate.methods.mg_llava.recipe import (
     ConversationDataset,
     MGLlavaRecipe,
     TrainingData,
-    accuracies,
-    accuracy_table,
     boxes_of,
     build,
     open_questions,
     open_samples,
 )
+from foveate.training.conversations import accuracies, accuracy_table
 from foveate.training.recipes import load_recipe
 from foveate.training.runner import evaluate, train
 from foveate.training.sampling import SampleKey

@@ -20,14 +20,17 @@ from foveate.vision.towers import VisionTower
 
 from .hosts import LlavaHost, VisualSequence, check_size
 from .partitions import Partitions
-from .strategies import PictureTokens, Strategy, TowerFacts, make_strategy
+from .strategies import LanguageStrategy, PictureTokens, Strategy, TowerFacts, make_strategy
 
 _HANDLE = "_foveate_dropping"
 """Where a model has its handle: on itself, so that both go together."""
 
 
-def drop_visual_tokens(model: Any, budget: float = 0.2, strategy: str | Strategy = "hired", **options: Any) -> Dropping:
-    """Lets a model drop visual tokens between vision tower and language model, in place, until it is removed.
+def drop_visual_tokens(
+    model: Any, budget: float = 0.2, strategy: str | Strategy | LanguageStrategy = "hired", **options: Any
+) -> Dropping:
+    """Lets a model drop visual tokens between vision tower and language model, in place, until it is removed; with the
+    strategies "fastv" and "sparsevlm" between layers of the language model.
 
     Afterwards `model(...)` and `model.generate(...)` are called as before, with what the processor gives: prompts are
     shortened to what is kept, and `generate` returns the prompt as it was given, followed by the new tokens. `forward`
@@ -37,7 +40,7 @@ def drop_visual_tokens(model: Any, budget: float = 0.2, strategy: str | Strategy
         model: `LlavaForConditionalGeneration` (LLaVA-1.5), `LlavaNextForConditionalGeneration` (LLaVA-NeXT), an
             MG-LLaVA, or a predictor of one of them.
         budget: share of the visual tokens that is kept, above 0 and at most 1.
-        strategy: a name of `foveate.methods.hired.strategies.STRATEGIES`, or a `Strategy`, which has its own budget.
+        strategy: a name of `foveate.methods.hired.strategies.STRATEGIES`, or a strategy, which has its own budget.
         options: of the strategy; of "hired" `preset` ("exact", "paper", "official") and those of `HiredConfig`.
 
     Returns:
@@ -55,8 +58,12 @@ def drop_visual_tokens(model: Any, budget: float = 0.2, strategy: str | Strategy
     target = _model_of(model)
     if active_dropping(target) is not None:
         raise InputError("this model drops visual tokens already; call remove() of its handle first.")
-    kind = BridgeDropping if hasattr(target, "project_image") else LlavaDropping
-    handle = kind(target, chosen)
+    if isinstance(chosen, LanguageStrategy):
+        from .language_dropping import LanguageDropping
+
+        handle: Dropping = LanguageDropping(target, chosen)
+    else:
+        handle = (BridgeDropping if hasattr(target, "project_image") else LlavaDropping)(target, chosen)
     target.__dict__[_HANDLE] = handle
     return handle
 
@@ -85,9 +92,9 @@ class Dropping:
         strategy: how tokens are chosen.
     """
 
-    def __init__(self, model: nn.Module, strategy: Strategy) -> None:
+    def __init__(self, model: nn.Module, strategy: Strategy | LanguageStrategy) -> None:
         self.model: Any = model
-        self.strategy = strategy
+        self.strategy: Any = strategy
         self._undo: list[Callable[[], None]] = []
 
     def remove(self) -> None:

@@ -36,6 +36,7 @@ from foveate.vision.video import is_video
 
 from .dropping import LlavaDropping, active_dropping
 from .hosts import LlavaHost, VisualSequence
+from .language_dropping import LanguageDropping
 
 MODELS: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 """`model_type` of config.json -> class of transformers."""
@@ -321,6 +322,9 @@ class LlavaPredictor(ChatPredictor):
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         visuals = [one.tokens for one in seen if one is not None]
         inputs = self.host.assemble(ids, mask, visuals, left_padding=True)
+        dropping = active_dropping(self.model)
+        if isinstance(dropping, LanguageDropping) and not dropping.strategy.off:
+            dropping.expect(inputs["input_ids"], visuals)
         return inputs["inputs_embeds"], inputs["attention_mask"]
 
     def _finished(self, text: TextStream, seen: Seen | None, milliseconds: float) -> Answer:
