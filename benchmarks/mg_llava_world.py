@@ -169,8 +169,8 @@ def overhead(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What each grain of MG-LLaVA adds in the rendered world, and costs.")
     parser.add_argument("what", choices=("grains", "overhead"))
-    parser.add_argument("--pretrain-steps", type=int, default=400, help="of the first stage, each variant")
-    parser.add_argument("--steps", type=int, default=1200, help="of the second stage, each variant")
+    parser.add_argument("--pretrain-steps", type=int, default=500, help="of the first stage, each variant")
+    parser.add_argument("--steps", type=int, default=1500, help="of the second stage, each variant")
     parser.add_argument("--batch-size", type=int, default=16, help="conversations of a step")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="train and ask these only")
     parser.add_argument("--runs", type=Path, default=Path("out/grains"), help="where variants are trained")
