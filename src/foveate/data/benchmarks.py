@@ -309,7 +309,24 @@ def _boxes(found: tuple[str, tuple[Any, ...]], wanted: str) -> tuple[Any, ...]:
 # -------------------------------------------------------------------- lines
 
 
-class QuestionLines(Benchmark):
+class _ListBenchmark(Benchmark):
+    """Questions of a JSON file whose answers and pictures are in files beside it."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        images: Path | str,
+        *,
+        annotations: Path | None = None,
+        boxes: Sequence[Path] = (),
+        skip_bad: bool = False,
+    ) -> None:
+        self._annotations, self._box_files = annotations, tuple(boxes)
+        self.answered = annotations is not None
+        super().__init__(Path(path), Path(images), skip_bad)
+
+
+class QuestionLines(_ListBenchmark):
     """LLaVA's file of prompts, `{"question_id", "image", "text"}` a line, and people's answers beside it.
 
     Args:
@@ -324,19 +341,6 @@ class QuestionLines(Benchmark):
     Raises:
         InputError: a file is missing or damaged, or a line is broken and `skip_bad` is off (names file and line).
     """
-
-    def __init__(
-        self,
-        path: Path | str,
-        images: Path | str,
-        *,
-        annotations: Path | None = None,
-        boxes: Sequence[Path] = (),
-        skip_bad: bool = False,
-    ) -> None:
-        self._annotations, self._box_files = annotations, tuple(boxes)
-        self.answered = annotations is not None
-        super().__init__(Path(path), Path(images), skip_bad)
 
     def _read(self, log: RecordLog) -> Iterator[QuestionRecord]:
         known = BoxIndex(self._box_files, log) if self._box_files else None
@@ -443,12 +447,12 @@ def _lines(path: Path) -> Iterator[Any]:
 # -------------------------------------------------------------------- videos
 
 
-class VideoQuestions(Benchmark):
+class VideoQuestions(_ListBenchmark):
     """Video-ChatGPT's and Video-LLaVA's form of MSVD-QA and MSRVTT-QA.
 
     Args:
         path: a JSON list of `{"video_name", "question", "question_id"}`.
-        videos: folder of the files, or of folders of frames, found by name with any ending.
+        images: folder of the videos' files, or of folders of frames, found by name with any ending.
         annotations: a JSON list of `{"answer", "question_id"}`; None where there is none.
         boxes: box files of `{"video", "frames": [{boxes, scores, labels}, ...]}`, found by the name without its ending.
         skip_bad: count broken records in `skipped` instead of raising.
@@ -456,19 +460,6 @@ class VideoQuestions(Benchmark):
     Raises:
         InputError: a file is missing or damaged, or a record is broken and `skip_bad` is off (names file and record).
     """
-
-    def __init__(
-        self,
-        path: Path | str,
-        videos: Path | str,
-        *,
-        annotations: Path | None = None,
-        boxes: Sequence[Path] = (),
-        skip_bad: bool = False,
-    ) -> None:
-        self._annotations, self._box_files = annotations, tuple(boxes)
-        self.answered = annotations is not None
-        super().__init__(Path(path), Path(videos), skip_bad)
 
     def _read(self, log: RecordLog) -> Iterator[QuestionRecord]:
         known = BoxIndex(self._box_files, log, by_stem=True) if self._box_files else None

@@ -38,6 +38,8 @@ class ChatPredictor(ABC):
     """
 
     model: Any
+    seen_type: type
+    """Of what `see` gives."""
 
     # ---------------------------------------------------------------- what a model has to offer
 
@@ -78,6 +80,58 @@ class ChatPredictor(ABC):
     @abstractmethod
     def _sampling(self, generation: dict[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
         """How tokens are chosen, and stop strings, from a call's settings and the model's own."""
+
+    # ---------------------------------------------------------------- public calls
+
+    def ask(
+        self,
+        images: Any,
+        questions: str | Sequence[str],
+        *,
+        boxes: Any = None,
+        batch_size: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+        **generation: Any,
+    ) -> Any:
+        """Answers of questions about pictures, each by itself.
+
+        Args:
+            images: what `foveate.vision.images.load_image` takes; where the model sees videos, a `Video`, a file or a
+                folder of frames, too; None for a question about nothing; or a list of these, one for each question.
+            questions: one, or a list: of one picture, or one for each picture of a list. `<image>` may stand in them;
+                otherwise the picture comes first.
+            boxes: of a model with tokens of objects, for each picture: None for those of the proposer, [] for none,
+                (K, 4) xyxy pixels, or a record of a box file; of a video a list with an entry a frame, or [] for none.
+            batch_size: questions that run together.
+            progress: called with (questions done, questions in all).
+            generation: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stops.
+
+        Returns:
+            An `Answer`, or a list of them where a list was given.
+
+        Raises:
+            InputError: a picture, box, question or option is wrong; the sentence says which.
+            CheckpointError: the model gives non-finite numbers.
+        """
+        return ask_in_batches(self, images, questions, boxes, batch_size, progress, generation)
+
+    def conversation(self, image: Any = None, *, boxes: Any = None, **generation: Any) -> Conversation:
+        """A conversation about a picture or a video, which is encoded once.
+
+        Args:
+            image, boxes: as `ask` takes one of them; or what `see` gave, which is not encoded again.
+            generation: defaults of every answer.
+        """
+        self._sampling(generation)
+        return Conversation(self, image if isinstance(image, self.seen_type) else self.see(image, boxes), generation)
+
+    def see(self, source: Any, boxes: Any = None) -> Any:
+        """A picture or video as the language model takes it; None of None.
+
+        Raises:
+            InputError: it cannot be read, or the boxes do not fit it.
+        """
+        return self.see_all([source], [boxes])[0]
 
     # ---------------------------------------------------------------- what follows from it
 

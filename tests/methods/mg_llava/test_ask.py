@@ -380,7 +380,7 @@ def test_at_a_terminal(
 def test_ctrl_c_ends_an_answer_and_what_was_said_stays_said(
     run: Run, predictor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from foveate.methods.mg_llava import predictor as module
+    from foveate.language import chat as module
 
     stream = module.Conversation.stream
     presses: list[int] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from foveate.checkpoints import find_checkpoint, read_config
 from foveate.errors import CheckpointError, InputError
-from foveate.language.chat import ChatPredictor, Conversation, ask_in_batches, read_sampling, with_placeholder
+from foveate.language.chat import ChatPredictor, read_sampling, with_placeholder
 from foveate.language.decoding import Sampling, TextStream
 from foveate.language.lm import check_tokenizer, load_tokenizer
 from foveate.language.pretrained import first_line, load_exactly
@@ -115,6 +115,8 @@ class LlavaPredictor(ChatPredictor):
         chat_template: Jinja text of its checkpoint.
     """
 
+    seen_type = Seen
+
     def __init__(self, model: Any, image_processor: Any, tokenizer: Any, chat_template: str, *, name: str = "") -> None:
         self.model = model.eval()
         self.host = LlavaHost(model)
@@ -161,55 +163,6 @@ class LlavaPredictor(ChatPredictor):
         return cls(model.to(device), image_processor, tokenizer, template, name=folder.name)
 
     # ---------------------------------------------------------------- public calls
-
-    def ask(
-        self,
-        images: Any,
-        questions: str | Sequence[str],
-        *,
-        boxes: Any = None,
-        batch_size: int = 8,
-        progress: Callable[[int, int], None] | None = None,
-        **generation: Any,
-    ) -> Any:
-        """Answers of questions about pictures, each by itself.
-
-        Args:
-            images: what `foveate.vision.images.load_image` takes; None for a question about nothing; or a list of
-                these, one for each question.
-            questions: one, or a list: of one picture, or one for each picture of a list. `<image>` may stand in them;
-                otherwise the picture comes first.
-            boxes: none; a LLaVA has no tokens of objects.
-            batch_size: questions that run together.
-            progress: called with (questions done, questions in all).
-            generation: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stops.
-
-        Returns:
-            An `Answer`, or a list of them where a list was given.
-
-        Raises:
-            InputError: a picture, question or option is wrong; the sentence says which.
-            CheckpointError: the model gives non-finite numbers.
-        """
-        return ask_in_batches(self, images, questions, boxes, batch_size, progress, generation)
-
-    def conversation(self, image: Any = None, *, boxes: Any = None, **generation: Any) -> Conversation:
-        """A conversation about a picture, which is encoded once.
-
-        Args:
-            image: as `ask` takes one of them; or what `see` gave, which is not encoded again.
-            generation: defaults of every answer.
-        """
-        self._sampling(generation)
-        return Conversation(self, image if isinstance(image, Seen) else self.see(image, boxes), generation)
-
-    def see(self, source: Any, boxes: Any = None) -> Seen | None:
-        """A picture as the language model takes it; None of None.
-
-        Raises:
-            InputError: it cannot be read.
-        """
-        return self.see_all([source], [boxes])[0]
 
     @torch.inference_mode()
     def see_all(self, sources: Sequence[Any], boxes: Sequence[Any]) -> list[Seen | None]:

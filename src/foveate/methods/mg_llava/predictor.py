@@ -20,7 +20,7 @@ from torch import Tensor
 
 from foveate.checkpoints import WEIGHTS
 from foveate.errors import InputError
-from foveate.language.chat import ChatPredictor, Conversation, ask_in_batches, read_sampling, with_placeholder
+from foveate.language.chat import ChatPredictor, read_sampling, with_placeholder
 from foveate.language.decoding import Sampling, TextStream
 from foveate.language.lm import check_tokenizer
 from foveate.language.templates import (
@@ -132,6 +132,8 @@ class MGLlavaPredictor(ChatPredictor):
             of such a proposer; None for no boxes.
     """
 
+    seen_type = Seen
+
     def __init__(
         self,
         model: MGLlavaModel,
@@ -180,55 +182,6 @@ class MGLlavaPredictor(ChatPredictor):
         return cls(model, processor, proposer=proposer, name=folder.name)
 
     # ---------------------------------------------------------------- public calls
-
-    def ask(
-        self,
-        images: Any,
-        questions: str | Sequence[str],
-        *,
-        boxes: Any = None,
-        batch_size: int = 8,
-        progress: Callable[[int, int], None] | None = None,
-        **generation: Any,
-    ) -> Any:
-        """Answers of questions about pictures, each by itself.
-
-        Args:
-            images: what `foveate.vision.images.load_image` takes, or a video: a `Video`, a file or a folder of frames;
-                None for a question about nothing; or a list of these, one for each question.
-            questions: one, or a list: of one picture, or one for each picture of a list. `<image>` may stand in them;
-                otherwise the picture comes first.
-            boxes: of each picture: None for those of the proposer, [] for none, (K, 4) xyxy pixels, or a record of a
-                box file; of a video a list with an entry a frame, or [] for none.
-            batch_size: questions that run together.
-            progress: called with (questions done, questions in all).
-            generation: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stops.
-        Returns:
-            An `Answer`, or a list of them where a list was given.
-        Raises:
-            InputError: a picture, box, question or option is wrong; the sentence says which.
-            CheckpointError: the model gives non-finite numbers.
-        """
-        return ask_in_batches(self, images, questions, boxes, batch_size, progress, generation)
-
-    def conversation(self, image: Any = None, *, boxes: Any = None, **generation: Any) -> Conversation:
-        """A conversation about a picture or a video, which is encoded once.
-
-        Args:
-            image, boxes: as `ask` takes one of them; or what `see` gave, which is not encoded again.
-            generation: defaults of every answer.
-        """
-        self._sampling(generation)
-        seen = image if isinstance(image, Seen) else self.see(image, boxes)
-        return Conversation(self, seen, generation)
-
-    def see(self, source: Any, boxes: Any = None) -> Seen | None:
-        """A picture or video as the language model takes it; None of None.
-
-        Raises:
-            InputError: it cannot be read, or the boxes do not fit it.
-        """
-        return self.see_all([source], [boxes])[0]
 
     @torch.inference_mode()
     def see_all(self, sources: Sequence[Any], boxes: Sequence[Any]) -> list[Seen | None]:
