@@ -538,6 +538,10 @@ def accuracy(options: argparse.Namespace) -> int:
         data["world"] = {"first_seed": 9_000_000, "count": options.scenes, "size": 256}
     questions = open_questions(ConversationData.model_validate({**data, "samples": options.pictures}))
     questions = [question for question in questions if question.sample.image is not None]
+    if options.kinds:
+        questions = [question for question in questions if question.kind in options.kinds]
+    if not questions:
+        raise SystemExit(f"{options.data} has no questions of the kinds {', '.join(options.kinds)}")
     sees_boxes = getattr(predictor, "host", None) is None
     boxes = boxes_of(questions, "given") if sees_boxes else None
     total = candidates_of(predictor, questions[0].sample.image)
@@ -672,6 +676,7 @@ def main() -> int:
     two.add_argument("--data", type=Path, default=Path("out/world/llava_evaluation"), help="of `world scenes`, LLaVA")
     two.add_argument("--scenes", type=int, default=200, help="rendered where there is no data yet")
     two.add_argument("--pictures", type=int, help="ask about so many of them; default all")
+    two.add_argument("--kinds", nargs="+", default=[], help="ask only these: what, colour, count, where, text")
     two.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     two.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
     two.add_argument("--batch-size", type=int, default=16)
