@@ -5,7 +5,7 @@
 
 A variant goes through both stages of the world recipes with the same data, seed and steps, and is then asked about
 scenes that it has not seen; two controls ask the whole model with no boxes, and with those of another picture. What was
-trained before is reused; delete its folder under --runs to train it again. Weights trained on the rendered world say
+trained or asked before is reused; delete its folder under --runs to do it again. Weights trained on the rendered world say
 nothing about photographs.
 """
 
@@ -65,7 +65,13 @@ def trained(name: str, options: argparse.Namespace) -> Path:
 
 
 def asked(checkpoint: Path, out: Path, *changes: str) -> dict[str, Any]:
-    return dict(evaluate(RECIPES["sft"], checkpoint, list(changes), out=out).metrics)
+    """What a checkpoint answers; kept beside its answers, for as long as it is that checkpoint."""
+    kept, trained_on = out / "metrics.json", (checkpoint / "model.safetensors").stat().st_mtime
+    if not kept.is_file() or kept.stat().st_mtime < trained_on:
+        metrics = dict(evaluate(RECIPES["sft"], checkpoint, list(changes), out=out).metrics)
+        with atomic_write(kept) as file:
+            json.dump(metrics, file, indent=1)
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def grains(options: argparse.Namespace, console: Console) -> dict[str, Any]:
