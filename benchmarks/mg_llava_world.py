@@ -5,8 +5,8 @@
 
 A variant goes through both stages of the world recipes with the same data, seed and steps, and is then asked about
 scenes that it has not seen; two controls ask the whole model with no boxes, and with those of another picture. What was
-trained or asked before is reused; delete its folder under --runs to do it again. Weights trained on the rendered world say
-nothing about photographs.
+trained or asked before is reused; delete its folder under --runs to do it again. Weights trained on the rendered world
+say nothing about photographs.
 """
 
 from __future__ import annotations
