@@ -68,6 +68,7 @@ def asked(checkpoint: Path, out: Path, *changes: str) -> dict[str, Any]:
     """What a checkpoint answers; kept beside its answers, for as long as it is that checkpoint."""
     kept, trained_on = out / "metrics.json", (checkpoint / "model.safetensors").stat().st_mtime
     if not kept.is_file() or kept.stat().st_mtime < trained_on:
+        changes = ("evaluation.batch_size=64", *changes)
         metrics = dict(evaluate(RECIPES["sft"], checkpoint, list(changes), out=out).metrics)
         with atomic_write(kept) as file:
             json.dump(metrics, file, indent=1)
