@@ -14,8 +14,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from foveate.errors import CheckpointError, InputError
-from foveate.language.pretrained import first_line
+from foveate.errors import InputError
+from foveate.language.pretrained import load_exactly
 
 from .configuration import VisionGRUConfig
 from .predictor import VisionGRUPredictor
@@ -63,14 +63,7 @@ def load_baseline(folder: Path) -> VisionGRUPredictor:
         CheckpointError: it is damaged.
         InputError: it is of another kind.
     """
-    try:
-        loaded: Any = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
-        model, report = loaded
-    except Exception as error:  # transformers and safetensors raise many types
-        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}; train it again.") from None
+    model: Any = load_exactly(AutoModelForImageClassification.from_pretrained, folder, what="the classifier checkpoint")
     if not isinstance(model, _KINDS):
         raise InputError(f"{folder} is a {type(model).__name__}; the recipe's model.kind is another.")
-    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
-    if wrong:
-        raise CheckpointError(f"{folder} lacks or has unknown tensors ({', '.join(wrong)}); train it again.")
-    return VisionGRUPredictor(model, VisionGRUProcessor.from_pretrained(folder))  # type: ignore[arg-type]
+    return VisionGRUPredictor(model, VisionGRUProcessor.from_pretrained(folder))

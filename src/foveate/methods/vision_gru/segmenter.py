@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.upernet.modeling_upernet import UperNetForSemanticSegmentation
 
-from foveate.checkpoints import find_checkpoint, read_config
+from foveate.checkpoints import WEIGHTS, find_checkpoint, read_config
 from foveate.errors import CheckpointError, InputError
-from foveate.language.pretrained import first_line
+from foveate.language.pretrained import load_exactly
 from foveate.metrics.segmentation import IGNORE
 from foveate.vision.images import ImageSource, load_image
 
@@ -129,16 +130,14 @@ class VisionGRUSegmenter:
                 "segment of the method vision_gru wrote."
             )
         register()
-        try:
-            loaded: Any = UperNetForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
-            model, report = loaded
-        except Exception as error:  # transformers and safetensors raise many types
-            raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}; copy it again.") from None
-        missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-        if missing or unknown:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} tensors ({', '.join(missing)}) and has {len(unknown)} unknown ones "
-                f"({', '.join(unknown)}); copy it again."
+        model: Any = load_exactly(
+            UperNetForSemanticSegmentation.from_pretrained, folder, what="the segmenter checkpoint"
+        )
+        if folder.parent == WEIGHTS:
+            warnings.warn(
+                f"{folder.name} knows the rendered world only, nothing of photographs; for those, train on ADE20K by "
+                "recipes/vision_gru/ade20k.yaml",
+                stacklevel=2,
             )
         add_head_dropout(model)
         return cls(model, VisionGRUSceneProcessor.from_pretrained(folder), device=device, dtype=dtype)
