@@ -196,7 +196,12 @@ def test_shipped_recipes_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [["model.kind=vit", "model.dim=32", "model.patch_size=4"], ["model.kind=convnext"], ["model.mixer=local"]]
+    "kind",
+    [
+        ["model.kind=vit", "model.dim=32", "model.patch_size=4"],
+        ["model.kind=convnext", "model.image_size=32"],
+        ["model.mixer=local"],
+    ],
 )
 def test_other_networks_by_the_same_recipe(recipe: Path, kind: list[str]) -> None:
     short = [*kind, "training.max_steps=3"]
@@ -210,7 +215,9 @@ def test_other_networks_by_the_same_recipe(recipe: Path, kind: list[str]) -> Non
             load_recipe(recipe, [*kind, "model.mixer=forward"])
 
 
-def test_a_vit_needs_whole_patches(recipe: Path) -> None:
+def test_sizes_that_other_networks_do_not_take(recipe: Path) -> None:
+    with pytest.raises(InputError, match="needs images of 32 pixels or more, not 16"):
+        build(load_recipe(recipe, ["model.kind=convnext"]))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="patch_size 5; change model"):
         build(load_recipe(recipe, ["model.kind=vit", "model.patch_size=5"]))  # type: ignore[arg-type]
 

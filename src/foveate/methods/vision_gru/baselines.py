@@ -22,6 +22,7 @@ from .predictor import VisionGRUPredictor
 from .processing import VisionGRUProcessor
 
 _HEAD_WIDTH = 32
+_CONVNEXT_STRIDE = 32
 _KINDS = (ViTForImageClassification, ConvNextForImageClassification)
 
 
@@ -33,8 +34,16 @@ def build_baseline(kind: str, sizes: VisionGRUConfig, patch_size: int, classes: 
             many as the four depths together.
         patch_size: of a ViT, in pixels.
         classes: `id2label` and `label2id`.
+
+    Raises:
+        InputError: the sizes do not fit such a network.
     """
     if kind == "convnext":
+        if sizes.image_size < _CONVNEXT_STRIDE:
+            raise InputError(
+                f"a ConvNeXt needs images of {_CONVNEXT_STRIDE} pixels or more, not {sizes.image_size}; change "
+                "model.image_size."
+            )
         return ConvNextForImageClassification(
             ConvNextConfig(hidden_sizes=sizes.widths, depths=list(sizes.depths), image_size=sizes.image_size, **classes)
         )
