@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import (
     AutoModelForImageClassification,
@@ -75,4 +75,4 @@ def load_baseline(folder: Path) -> VisionGRUPredictor:
     model: Any = load_exactly(AutoModelForImageClassification.from_pretrained, folder, what="the classifier checkpoint")
     if not isinstance(model, _KINDS):
         raise InputError(f"{folder} is a {type(model).__name__}; the recipe's model.kind is another.")
-    return VisionGRUPredictor(model, VisionGRUProcessor.from_pretrained(folder))
+    return VisionGRUPredictor(cast(Any, model), VisionGRUProcessor.from_pretrained(folder))

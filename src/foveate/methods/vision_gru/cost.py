@@ -297,13 +297,8 @@ def _measured_before(path: Path, settings: CostSettings) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
         threads = result.get("threads", settings.threads)
         for row in result.get("networks", []):
-            (
-                row["size"] + row["forward_s"],
-                MODELS.index(row["model"]),
-                row["step_s"],
-                row["peak_mib"],
-                row["parameters"],
-            )
+            MODELS.index(row["model"])
+            network_line(row)
         for row in result.get("scans", []):
             scan_line(row)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
