@@ -88,10 +88,11 @@ def show(rows: dict[str, Any], console: Console, steps: int) -> None:
 
 
 def draw(rows: dict[str, Any], path: Path, steps: int) -> None:
-    """Loss curves, each point the mean of ten logged losses."""
+    """Loss curves of about 25 points, each the mean of the losses that were logged around it."""
     series = {}
     for name, row in rows.items():
-        groups = [row["loss"][start : start + 10] for start in range(0, len(row["loss"]), 10)]
+        width = max(1, len(row["loss"]) // 25)
+        groups = [row["loss"][start : start + width] for start in range(0, len(row["loss"]), width)]
         if groups:
             points = [[statistics.fmean(column) for column in zip(*group, strict=True)] for group in groups]
             series[f"{name} (top-1 {row['top1']:.3f})"] = ([step for step, _ in points], [loss for _, loss in points])
