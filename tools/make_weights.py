@@ -32,11 +32,14 @@ RECIPES = {
     "llava-next-world": ("recipes/standins/llava_next_world.yaml",),
     "dynrefer-world": ("recipes/dynrefer/world.yaml",),
     "mg-llava-world": ("recipes/mg_llava/world_pretrain.yaml", "recipes/mg_llava/world.yaml"),
+    "vision-gru-world": ("recipes/vision_gru/world.yaml",),
+    "vision-gru-world-segment": ("recipes/vision_gru/world_segment.yaml",),
 }
 BUILT_ON = {
     "llava-next-world": ("clip-world", "llama-world"),
     "dynrefer-world": ("clip-world", "t5-world"),
     "mg-llava-world": ("clip-world", "convnext-world", "llama-world"),
+    "vision-gru-world-segment": ("vision-gru-world",),
 }
 MAX_BYTES = 6 * 10**6
 MAX_BYTES_TOGETHER = 40 * 10**6

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from foveate.data import open_conversations, open_dataset
+from foveate.data.ade20k import ADE20K
 from foveate.data.benchmarks import ChoiceTable, QuestionLines
 from foveate.data.boxes import clamp_visual_genome_box
 from foveate.data.samples import ImageSample, RegionSample
@@ -25,8 +26,10 @@ from foveate.errors import InputError
 from foveate.metrics.vqa import MAIN_ROWS
 from foveate.vision.images import decode_rle
 from foveate.world import export
+from foveate.world.backgrounds import BACKGROUNDS
 from foveate.world.export import export_scenes, size_name
 from foveate.world.scenes import Instance, Scene, render_scene
+from foveate.world.vocabulary import category_names
 
 SEED, COUNT, SIZE, OBJECTS, VAL_FRACTION = 7, 8, (120, 96), (4, 7), 0.25
 FORMATS = ("visual-genome", "refcocog", "coco")
@@ -110,6 +113,22 @@ def test_visual_genome_round_trip(exported: Path, scenes: list[Scene]) -> None:
             (q.question, q.answer, q.kind) for q in scene.questions
         ]
     assert relations > 0
+
+
+def test_ade20k_round_trip(tmp_path: Path, scenes: list[Scene]) -> None:
+    root = write(tmp_path / "ade20k", "ade20k")
+    splits = [ADE20K(root, split) for split in ("training", "validation")]
+    assert [len(data) for data in splits] == [6, 2]
+    classes = splits[0].classes
+    assert classes == [*category_names(), *BACKGROUNDS]
+    loaded = [data.load(index) for data in splits for index in range(len(data))]
+    for (image, labels), scene in zip(loaded, scenes, strict=True):
+        # The JPEG's error, that of a texture; another image would differ by far more.
+        assert np.abs(np.asarray(image, float) - scene.image).mean() < 6
+        expected = np.full(labels.shape, classes.index(scene.background))
+        for instance in scene.instances:
+            expected[instance.mask] = classes.index(instance.category)
+        np.testing.assert_array_equal(labels, expected)
 
 
 @pytest.mark.parametrize("last", ["val", "val_captions"])

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from foveate.cli import ask, boxes, classify, convert, describe, evaluate, train, tune_views, world
+from foveate.cli import ask, bench, boxes, classify, convert, describe, evaluate, train, tune_views, world
 from foveate.cli.options import one_line
 from foveate.errors import FoveateError
 
@@ -40,6 +40,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("tune-views")(tune_views.tune_views)
 app.add_typer(convert.app, name="convert")
+app.add_typer(bench.app, name="bench")
 
 # typer carries a copy of click from some version on, so the error is found through one that it gives out.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

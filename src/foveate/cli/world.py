@@ -27,7 +27,7 @@ def _world() -> None:
 def scenes(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; it must be new or empty.")],
     layout: Annotated[
-        str, typer.Option("--format", help="visual-genome, refcocog, coco, llava, textvqa or mmbench.")
+        str, typer.Option("--format", help="visual-genome, refcocog, coco, llava, textvqa, mmbench or ade20k.")
     ] = "visual-genome",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the first scene; the next has the next number.")] = 0,
     count: Annotated[int, typer.Option("--count", help="How many scenes.")] = 100,

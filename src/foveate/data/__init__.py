@@ -28,6 +28,8 @@ QUESTIONS: dict[str, tuple[str, str]] = {
     "textvqa": ("foveate.data.benchmarks", "QuestionLines"),
     "mmbench": ("foveate.data.benchmarks", "ChoiceTable"),
 }
+# Images with a class for each pixel.
+PIXELS: dict[str, tuple[str, str]] = {"ade20k": ("foveate.data.ade20k", "ADE20K")}
 # Formats that `foveate world` does not write: prepared training data, and benchmarks, which are for evaluation only.
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "controlcap": ("foveate.data.region_file", "RegionFile"),
@@ -72,6 +74,9 @@ def open_dataset(format: str, root: Path | str, split: str, *, skip_bad: bool = 
         raise InputError(
             f"{format!r} holds questions, not described regions; use foveate.data.benchmarks.{reader_name}."
         )
+    if format in PIXELS:
+        module, reader_name = PIXELS[format]
+        raise InputError(f"{format!r} holds classes of pixels, not described regions; use {module}.{reader_name}.")
     known = FORMATS | BENCHMARKS
     module, name = known[check_format(format, known)]
     reader: Callable[..., SampleDataset] = getattr(import_module(module), name)

@@ -85,11 +85,12 @@ STAND_INS: dict[str, str] = {
 """Pre-trained parts that methods build on: they have recipes, but no verb of their own."""
 
 
-HOSTS: dict[str, str] = {
-    "llava": "foveate.methods.hired.predictor",
-    "llava_next": "foveate.methods.hired.predictor",
+HOSTS: dict[str, tuple[str, str]] = {
+    "llava": ("foveate.methods.hired.predictor", "LlavaPredictor"),
+    "llava_next": ("foveate.methods.hired.predictor", "LlavaPredictor"),
+    "upernet": ("foveate.methods.vision_gru.segmenter", "VisionGRUSegmenter"),
 }
-"""`model_type` of models of transformers that a verb runs as they are -> where their `LlavaPredictor` is."""
+"""`model_type` of models of transformers that are loaded as they are -> module and class of their predictor."""
 
 
 def get_method(name: str) -> Method:
@@ -167,8 +168,9 @@ def load(
     if model_type in HOSTS:
         for option, value in (("quantize", quantize), ("proposer", proposer)):
             if value is not None:
-                raise InputError(f"{os.fspath(name)} is a LLaVA, which takes no {option}; leave it out.")
-        door = importlib.import_module(HOSTS[model_type]).LlavaPredictor.from_pretrained
+                raise InputError(f"{os.fspath(name)} is a {model_type}, which takes no {option}; leave it out.")
+        module, predictor = HOSTS[model_type]
+        door = getattr(importlib.import_module(module), predictor).from_pretrained
         return _dropping(door(folder, device=where, dtype=precision), keep_tokens)
     if not isinstance(model_type, str):
         raise CheckpointError(f"{folder / 'config.json'} does not say its model_type; copy the checkpoint again.")

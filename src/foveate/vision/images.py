@@ -96,6 +96,25 @@ def load_mask(
     return np.array(_upright(Image.fromarray(telling[0]), image, name))
 
 
+def load_class_map(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """An image whose values are numbers of classes -> (H, W): the value of a grey image, the index of a palette image.
+
+    Raises:
+        InputError: as `load_image`, or the image has colours that are no numbers.
+    """
+    name = describe_source(source)
+    image = _decoded(
+        _from_array(source, max_pixels) if isinstance(source, np.ndarray) else source, name, max_pixels, max_bytes
+    )
+    if image.mode not in ("1", "L", "P", "I", *_SIXTEEN_BIT_MODES):
+        raise InputError(
+            f"{_capital(name)} has the colours of {image.mode}, not a class for each pixel; give a grey image."
+        )
+    return np.asarray(_upright(image, image, name)).astype(np.int64)
+
+
 def _mask_meanings(image: Image.Image, name: str) -> list[np.ndarray]:
     """What may be meant by an image as a mask, the likeliest first. Each one is bool (H, W)."""
     if image.mode in ("1", "L", "I", *_SIXTEEN_BIT_MODES):

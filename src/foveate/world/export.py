@@ -1,4 +1,5 @@
-"""Rendered scenes as datasets on disk, in the layouts of Visual Genome, RefCOCOg, COCO, LLaVA, TextVQA and MMBench.
+"""Rendered scenes as datasets on disk, in the layouts of Visual Genome, RefCOCOg, COCO, LLaVA, TextVQA, MMBench
+and ADE20K.
 
 The files have the key names of the real releases, so that the readers in `foveate.data` (and other people's) read both
 with no special case. What the real formats have no place for stands in optional extra keys: `object_id` and `tags` of a
@@ -16,7 +17,7 @@ import random
 import shutil
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,16 +28,19 @@ from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from foveate.data import CONVERSATIONS, FORMATS, QUESTIONS, check_format
+from foveate.data import CONVERSATIONS, FORMATS, PIXELS, QUESTIONS, check_format
+from foveate.data.ade20k import NAMES
 from foveate.data.boxes import xyxy_to_xywh
 from foveate.data.tables import LONGEST_REFERENCE
 from foveate.data.visual_genome import MAX_PHRASE_WORDS
 from foveate.errors import InputError
 from foveate.files import atomic_folder
 from foveate.metrics.vqa import MAIN_ROWS
-from foveate.vision.images import encode_rle
+from foveate.vision.images import decode_rle, encode_rle
+from foveate.world.backgrounds import BACKGROUNDS
 from foveate.world.scenes import Scene, render_scene
 from foveate.world.vocabulary import category_names, colour_names, raw_vocabulary
 
@@ -70,6 +74,7 @@ class _Exported:
     file: str
     width: int
     height: int
+    background: str
     instances: list[_Described]
     captions: list[str]
     questions: list[tuple[str, str, str]]
@@ -93,11 +98,13 @@ def export_scenes(
     The folder appears whole or not at all. The splits are "train" and "val" (the last scenes); RefCOCOg has
     "val_captions", too, and Visual Genome an empty "test". The same arguments write the same files. Of "llava",
     `foveate.data.open_conversations` reads SPLIT.json (questions) and SPLIT_captions.json, with SPLIT_only_box.json.
-    "textvqa" and "mmbench" are what the protocols of these names read, with SPLIT_only_box.json, too.
+    "textvqa" and "mmbench" are what the protocols of these names read, with SPLIT_only_box.json, too. "ade20k" is what
+    `foveate.data.ade20k.ADE20K` reads, with the splits "training" and "validation": the classes of pixels are the
+    categories and, around the objects, the kinds of background.
 
     Args:
         out: folder to write; must not exist or be empty.
-        format: "visual-genome", "refcocog", "coco", "llava", "textvqa" or "mmbench".
+        format: "visual-genome", "refcocog", "coco", "llava", "textvqa", "mmbench" or "ade20k".
         first_seed: seed of the first scene; the others follow by one.
         count: number of scenes, at least 1.
         size: image side, or (width, height), in pixels.
@@ -113,7 +120,7 @@ def export_scenes(
         InputError: an argument is out of range, `out` is a file or a non-empty folder, the disk has no room for so many
             scenes, or `out` cannot be written (disk full, no permission). Nothing is left behind.
     """
-    check_format(format, FORMATS | CONVERSATIONS | QUESTIONS)
+    check_format(format, FORMATS | CONVERSATIONS | QUESTIONS | PIXELS)
     _check_whole("count", count, 1)
     _check_whole("processes", processes, 1)
     _check_whole("first_seed", first_seed, 0)
@@ -236,8 +243,9 @@ def _follow_the_parent() -> None:
 def _render(seed: int, image_id: int, *, folder: Path, name: str, size: Size, objects: tuple[int, int]) -> _Exported:
     scene = render_scene(seed, size, objects)
     file = name.format(image_id)
-    # The lowest zlib effort: it halves the time of an export, and textures hardly compress any further.
-    Image.fromarray(scene.image).save(folder / file, compress_level=1)
+    # The lowest zlib effort: it halves the time of an export, and textures hardly compress any further. `quality` is of
+    # ADE20K's JPEG files.
+    Image.fromarray(scene.image).save(folder / file, compress_level=1, quality=95)
     return _describe(scene, image_id, file)
 
 
@@ -263,7 +271,9 @@ def _describe(scene: Scene, image_id: int, file: str) -> _Exported:
         for asked in scene.all_questions
     ]
     random.Random(scene.seed).shuffle(conversation)  # else the place in a conversation would tell the kind
-    return _Exported(image_id, file, width, height, instances, list(scene.captions), questions, conversation)
+    return _Exported(
+        image_id, file, width, height, scene.background, instances, list(scene.captions), questions, conversation
+    )
 
 
 def size_name(box: Iterable[float], width: int, height: int) -> str:
@@ -575,6 +585,35 @@ def _write_mmbench(folder: Path, train: list[_Exported], val: list[_Exported]) -
     return {}
 
 
+def pixel_classes() -> list[str]:
+    """Names of the classes of pixels: categories, then kinds of background."""
+    return [*category_names(), *BACKGROUNDS]
+
+
+def _write_ade20k(folder: Path, train: list[_Exported], val: list[_Exported]) -> dict[str, Any]:
+    """A PNG of classes for each image, from 1 on: that of the object whose pixel it is, else that of the background."""
+    numbers = {name: number for number, name in enumerate(pixel_classes(), 1)}
+    unsorted = folder / _IMAGES["ade20k"][0]
+    for split, short, scenes in (("training", "train", train), ("validation", "val", val)):
+        images, annotations = folder / "images" / split, folder / "annotations" / split
+        images.mkdir(parents=True)
+        annotations.mkdir(parents=True)
+        for scene in scenes:
+            name = f"ADE_{short}_{scene.image_id:08d}"
+            (unsorted / scene.file).rename(images / f"{name}.jpg")
+            classes = np.full((scene.height, scene.width), numbers[scene.background], np.uint8)
+            for instance in scene.instances:
+                classes[decode_rle(instance.rle)] = numbers[instance.category]
+            Image.fromarray(classes).save(annotations / f"{name}.png")
+    unsorted.rmdir()
+    seen = Counter(instance.category for scene in train for instance in scene.instances)
+    seen.update(scene.background for scene in train)
+    heading = "Idx\tTrain\tStuff\tName"
+    rows = [f"{number}\t{seen[name]}\t{int(name in BACKGROUNDS)}\t{name}" for name, number in numbers.items()]
+    _write_lines(folder / NAMES, (heading, *rows))
+    return {}
+
+
 def _answer_pools(scenes: Iterable[_Exported]) -> dict[str, list[str]]:
     """What may be offered beside the right answer, by the kind of question."""
     pools: dict[str, set[str]] = {
@@ -627,7 +666,7 @@ def _category_list(categories: dict[str, int]) -> list[dict[str, Any]]:
     return [{"supercategory": name, "id": number, "name": name} for name, number in categories.items()]
 
 
-# Folder and file name of the images. COCO sorts them into its splits' folders when all are rendered.
+# Folder and file name of the images. COCO and ADE20K sort them into their splits' folders when all are rendered.
 _IMAGES = {
     "visual-genome": ("VG_100K", "{}.png"),
     "refcocog": ("train2014", "COCO_train2014_{:012d}.png"),
@@ -635,6 +674,7 @@ _IMAGES = {
     "llava": ("images", "{:012d}.png"),
     "textvqa": ("train_images", "{:012d}.png"),
     "mmbench": ("images", "{:012d}.png"),
+    "ade20k": ("unsorted", "{:08d}.jpg"),
 }
 _WRITERS = {
     "visual-genome": _write_visual_genome,
@@ -643,4 +683,5 @@ _WRITERS = {
     "llava": _write_llava,
     "textvqa": _write_textvqa,
     "mmbench": _write_mmbench,
+    "ade20k": _write_ade20k,
 }

@@ -111,6 +111,21 @@ def test_turning_the_image_swaps_the_directions() -> None:
     torch.testing.assert_close(turned(x.flip(1), (4, 7)).flip(1), block(x, (4, 7)))
 
 
+def test_ablations_have_the_same_size_and_another_reach() -> None:
+    whole = sum(value.numel() for value in Block(8, tiny()).parameters())
+    reached = {}
+    for mixer, extra in (("forward", 0), ("local", 7 * 8)):  # the feed-forward has biases, 6 d and d
+        block = Block(8, tiny(mixer=mixer)).double().eval()
+        assert sum(value.numel() for value in block.parameters()) == whole + extra
+        x = torch.randn(1, 5 * 6, 8, dtype=torch.float64)
+        changed = x.clone()
+        changed[:, 14] = torch.randn(8, dtype=torch.float64)  # row 2, column 2
+        difference = (block(changed, (5, 6)) - block(x, (5, 6))).abs().amax((0, 2))
+        reached[mixer] = [k for k in range(30) if difference[k] > 1e-12]
+    near = [row * 6 + column for row in (1, 2, 3) for column in (1, 2, 3)]
+    assert reached == {"local": near, "forward": list(range(7, 30))}
+
+
 def test_unit_by_hand() -> None:
     unit = MinGRU(1)
     with torch.no_grad():
@@ -123,7 +138,15 @@ def test_unit_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"expansion": 1.0}, {"candidate": "linear"}, {"position_embedding": "sincos2d"}]
+    "settings",
+    [
+        {},
+        {"expansion": 1.0},
+        {"candidate": "linear"},
+        {"position_embedding": "sincos2d"},
+        {"mixer": "forward"},
+        {"mixer": "local"},
+    ],
 )
 @pytest.mark.parametrize("size", [(64, 48), (37, 91), (5, 300)])
 def test_streaming_is_exact(settings: dict[str, Any], size: tuple[int, int]) -> None:

@@ -22,7 +22,7 @@ from foveate.methods.vision_gru.augmentation import (
     random_resized_crop,
     smoothed,
 )
-from foveate.methods.vision_gru.recipe import build
+from foveate.methods.vision_gru.recipe import build, square_around
 from foveate.methods.vision_gru.schedules import MovingAverage, ema_decay
 from foveate.training.recipes import load_recipe
 from foveate.training.runner import evaluate, train
@@ -87,19 +87,19 @@ def test_a_resumed_run_ends_with_the_same_average(recipe: Path, tmp_path: Path) 
 def test_what_is_saved_is_the_average(recipe: Path, tmp_path: Path) -> None:
     task = build(load_recipe(recipe))  # type: ignore[arg-type]
     training: Any = task.model
-    start = training.classifier.fc.bias.detach().clone()
+    start = training.network.fc.bias.detach().clone()
     with torch.no_grad():
-        for value in training.classifier.parameters():
+        for value in training.network.parameters():
             value.add_(1.0)
     assert task.save is not None
     task.save(tmp_path / "saved")
     saved = foveate.load(tmp_path / "saved", device="cpu").model.fc.bias
     # The first update keeps (1 + 1) / (10 + 1) of the start.
     torch.testing.assert_close(saved, start + 9 / 11)
-    torch.testing.assert_close(training.classifier.fc.bias, start + 1.0)
+    torch.testing.assert_close(training.network.fc.bias, start + 1.0)
     groups = task.parameter_groups(task.model)  # type: ignore[misc]
     assert len(groups) == 1
-    assert len(groups[0]["params"]) == len(list(training.classifier.parameters()))
+    assert len(groups[0]["params"]) == len(list(training.network.parameters()))
 
 
 def test_moving_average_by_hand() -> None:
@@ -167,7 +167,7 @@ def test_samples_depend_on_their_key_alone(recipe: Path) -> None:
     ("override", "sentence"),
     [
         ("model.variant=vision_gru_tiny", "either variant, or dim and depths"),
-        ("data.world={first_seed: 1, count: 1}", "either folder or world"),
+        ("data.world={first_seed: 1, count: 1}", "give one of folder, world and scenes"),
         ("model.dmi=3", "did you mean 'model.dim'"),
         ("model.dim=7", "multiple of 2"),
     ],
@@ -188,10 +188,46 @@ def test_wrong_data(recipe: Path, tmp_path: Path) -> None:
 
 def test_shipped_recipes_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGENET", "/data/imagenet")
+    monkeypatch.setenv("ADE20K", "/data/ADEChallengeData2016")
     names = [path.name for path in sorted((ROOT / "recipes/vision_gru").glob("*.yaml"))]
-    assert names == ["imagenet.yaml", "world.yaml"]
+    assert names == ["ade20k.yaml", "imagenet.yaml", "world.yaml", "world_segment.yaml"]
     for name in names:
         assert load_recipe(ROOT / "recipes/vision_gru" / name).method == "vision_gru"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["model.kind=vit", "model.dim=32", "model.patch_size=4"],
+        ["model.kind=convnext", "model.image_size=32"],
+        ["model.mixer=local"],
+    ],
+)
+def test_other_networks_by_the_same_recipe(recipe: Path, kind: list[str]) -> None:
+    short = [*kind, "training.max_steps=3"]
+    result = train(recipe, short)
+    metrics = evaluate(recipe, result.checkpoint, short).metrics
+    assert metrics["images"] == 9
+    if "model.mixer=local" not in kind:
+        with pytest.raises(InputError):
+            foveate.load(result.checkpoint)
+        with pytest.raises(RecipeError, match="takes dim and depths, and no variant"):
+            load_recipe(recipe, [*kind, "model.mixer=forward"])
+
+
+def test_sizes_that_other_networks_do_not_take(recipe: Path) -> None:
+    with pytest.raises(InputError, match="needs images of 32 pixels or more, not 16"):
+        build(load_recipe(recipe, ["model.kind=convnext"]))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="patch_size 5; change model"):
+        build(load_recipe(recipe, ["model.kind=vit", "model.patch_size=5"]))  # type: ignore[arg-type]
+
+
+def test_pictures_show_the_whole_object() -> None:
+    # 60 x 20 around (50, 50) with a tenth of 60 on each side: 72 x 72.
+    assert square_around((20, 40, 80, 60), 192) == (14, 14, 72)
+    assert square_around((0, 40, 60, 60), 192) == (0, 14, 72)
+    assert square_around((0, 0, 192, 30), 192) == (0, 0, 192)
+    assert square_around((150, 180, 192, 192), 192) == (141, 141, 51)
 
 
 def test_the_world_has_classes(recipe: Path) -> None:
@@ -200,6 +236,6 @@ def test_the_world_has_classes(recipe: Path) -> None:
     task = build(resolved)  # type: ignore[arg-type]
     sample = task.train_dataset[0]
     assert sample["pixels"].shape == (3, 16, 16)
-    names: Any = task.model.classifier.config.id2label  # type: ignore[union-attr]
+    names: Any = task.model.network.config.id2label  # type: ignore[union-attr]
     assert len(names) >= 40
     assert 0 <= sample["label"] < len(names)

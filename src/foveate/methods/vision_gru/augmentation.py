@@ -1,7 +1,9 @@
-"""What training does to images (spec 3.1): random crop, flip, RandAugment, erasing; mixup and cutmix of a batch.
+"""What training does to images (spec 3): random crop, flip, RandAugment, erasing; mixup and cutmix of a batch; and to
+scenes whose pixels have classes: random size and window, photometric distortion.
 
 Written from the papers: RandAugment (arXiv 1909.13719), random erasing (1708.04896), mixup (1710.09412), cutmix
-(1905.04899). Every choice comes from the generator that is passed in.
+(1905.04899), photometric distortion (SSD, 1512.02325, section 2.2). Every choice comes from the generator that is
+passed in.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
+
+from foveate.metrics.segmentation import IGNORE
 
 from .processing import MEAN
 
@@ -158,3 +162,48 @@ def mix(
     else:
         images = torch.lerp(others, images, share)
     return images, share * targets + (1 - share) * targets.flip(0)
+
+
+def scene_window(labels: np.ndarray, size: int, draw: Draw, largest_share: float = 0.75) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random window of `size` x `size`, or of what there is of it.
+
+    Ten are tried for one in which no class has `largest_share` of the labelled pixels or more; then any will do.
+
+    Args:
+        labels: (H, W); `IGNORE` counts nothing.
+    """
+    height, width = labels.shape
+    w, h = min(size, width), min(size, height)
+    left = top = 0
+    for _ in range(_TRIES):
+        left, top = int(draw.integers(width - w + 1)), int(draw.integers(height - h + 1))
+        if largest_share >= 1:
+            break
+        inside = labels[top : top + h, left : left + w]
+        counts = np.bincount(inside[inside != IGNORE])
+        if (counts > 0).sum() > 1 and counts.max() < largest_share * counts.sum():
+            break
+    return left, top, left + w, top + h
+
+
+def photometric_distortion(image: Image.Image, draw: Draw) -> Image.Image:
+    """Each with probability 1/2: brightness +-32 of 255, contrast x 0.5 to 1.5 (first or last), saturation
+    x 0.5 to 1.5, hue +-36 degrees (spec 3.2: 18 of 180)."""
+
+    def change(image: Image.Image, factor: float, added: float) -> Image.Image:
+        table = np.clip(np.arange(256) * factor + added, 0, 255).astype(np.uint8).tolist()
+        return image.point(table * len(image.getbands()))
+
+    if draw.random() < 0.5:
+        image = change(image, 1.0, draw.uniform(-32, 32))
+    contrast_first = draw.random() < 0.5
+    contrast = draw.uniform(0.5, 1.5) if draw.random() < 0.5 else 1.0
+    if contrast_first:
+        image = change(image, contrast, 0.0)
+    saturation = draw.uniform(0.5, 1.5) if draw.random() < 0.5 else 1.0
+    turn = int(draw.integers(-18, 19)) * 256 / 180 if draw.random() < 0.5 else 0.0
+    if saturation != 1.0 or turn:
+        hue, strength, value = image.convert("HSV").split()
+        hue = hue.point([round(angle + turn) % 256 for angle in range(256)])
+        image = Image.merge("HSV", (hue, change(strength, saturation, 0.0), value)).convert("RGB")
+    return image if contrast_first else change(image, contrast, 0.0)

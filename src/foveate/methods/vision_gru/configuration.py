@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 STAGES = 4
+MIXERS = ("both", "forward", "local")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vision_gru_tiny": {"dim": 72, "depths": [2, 2, 8, 2]},
@@ -26,6 +27,9 @@ class VisionGRUConfig(BackboneConfigMixin, PreTrainedConfig):
         expansion: state of a minGRU / width of its stage; with 1 the unit has no output projection (spec 2.4).
         mlp_ratio: hidden width of a block's feed-forward / width of its stage.
         candidate: "g", the positive candidate of the released code, or "linear", equation 8 of the paper (spec 7.2).
+        mixer: what carries information over a block's map (spec 10): "both" runs, of the paper; "forward", one run of
+            twice the state from the first pixel on; "local", a feed-forward in their place. All three have the same
+            matrices' parameters.
         position_embedding: "none" as in the released code; "sincos2d" or "learned", as the paper's text has it (7.1).
         image_size: side in pixels that training uses; learned positions are resampled for others.
         stream_above: without gradients, maps of more tokens than this are walked in slices, which bounds the memory of
@@ -46,6 +50,7 @@ class VisionGRUConfig(BackboneConfigMixin, PreTrainedConfig):
     expansion: float = 2.0
     mlp_ratio: float = 4.0
     candidate: str = "g"
+    mixer: str = "both"
     position_embedding: str = "none"
     image_size: int = 224
     stream_above: int = 16384
@@ -87,7 +92,11 @@ class VisionGRUConfig(BackboneConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 1 / self.dim <= value <= 64:
                 raise ValueError(f"{name} must be a number from 1 / dim to 64, not {value!r}")
-        for name, known in (("candidate", ("g", "linear")), ("position_embedding", ("none", "sincos2d", "learned"))):
+        for name, known in (
+            ("candidate", ("g", "linear")),
+            ("mixer", MIXERS),
+            ("position_embedding", ("none", "sincos2d", "learned")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
@@ -107,7 +116,8 @@ class VisionGRUConfig(BackboneConfigMixin, PreTrainedConfig):
                 h, w = -(-h // 2), -(-w // 2)
                 total += h * w * d * (d // 2) * 9
             state, hidden = int(d * self.expansion), int(d * self.mlp_ratio)
-            projections = 2 * (2 * state * d + (state * d if self.expansion != 1 else 0))
+            # One run of twice the state and the feed-forward in their place have as many.
+            projections = 2 * (2 * state * d + (state * d if self.expansion != 1 or self.mixer != "both" else 0))
             total += depth * h * w * (projections + 2 * hidden * d + 9 * d)
         return total
 

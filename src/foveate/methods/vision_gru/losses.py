@@ -1,9 +1,11 @@
-"""The objective of classification (spec 3.1)."""
+"""The objectives of classification and of segmentation (spec 3)."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from foveate.metrics.segmentation import IGNORE
 
 
 def soft_target_divergence(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,3 +23,15 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return soft_target_divergence(logits, labels)
     return F.cross_entropy(logits.float(), labels)
+
+
+def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, the mean over the pixels that have a label; 0 where none has (spec 3.2).
+
+    Args:
+        logits: (B, K, h, w), resized bilinearly to the labels' size.
+        labels: (B, H, W) whole numbers, `IGNORE` for none.
+    """
+    logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)

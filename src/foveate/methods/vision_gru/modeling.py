@@ -83,6 +83,10 @@ def scan(pq: Tensor, state: Tensor | None, reverse: list[bool], candidate: str) 
     return torch.cat(found, 2).to(pq.dtype), last[:, None]
 
 
+_RUNS = {"both": (("min_gru_1", False), ("min_gru_2", True)), "forward": (("min_gru_1", False),), "local": ()}
+"""The units of a block, and whether each runs backwards."""
+
+
 class Block(GradientCheckpointingLayer):
     """Depth-wise convolution for what is near, two minGRUs over the whole raster for what is far, feed-forward.
 
@@ -93,8 +97,14 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         hidden = int(dim * config.mlp_ratio)
         self.config = config
-        self.min_gru_1 = MinGRU(dim, config.expansion, config.candidate)
-        self.min_gru_2 = MinGRU(dim, config.expansion, config.candidate)
+        if config.mixer == "both":
+            self.min_gru_1 = MinGRU(dim, config.expansion, config.candidate)
+            self.min_gru_2 = MinGRU(dim, config.expansion, config.candidate)
+        elif config.mixer == "forward":
+            self.min_gru_1 = MinGRU(dim, 2 * config.expansion, config.candidate)
+        else:
+            inner = 3 * int(dim * config.expansion)
+            self.local = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
         self.projection1 = nn.Linear(dim, hidden)
         self.projection2 = nn.Linear(hidden, dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -111,6 +121,8 @@ class Block(GradientCheckpointingLayer):
 
     def _far(self, u: Tensor) -> Tensor:
         """Both runs at once: one product into candidates and gates, one scan, one product that also sums them."""
+        if self.config.mixer != "both":
+            return self.min_gru_1(u)[0] if self.config.mixer == "forward" else self.local(u)
         inward = torch.cat([self.min_gru_1.to_hidden_and_gate.weight, self.min_gru_2.to_hidden_and_gate.weight])
         h, _ = scan(F.linear(u, inward), None, [False, True], self.config.candidate)
         if isinstance(self.min_gru_1.to_out, nn.Identity):
@@ -127,8 +139,11 @@ class Block(GradientCheckpointingLayer):
         step = self.config.stream_tokens
         slices = [slice(start, start + step) for start in range(0, x.shape[1], step)]
         x = x.clone()
-        for unit, reverse in ((self.min_gru_1, False), (self.min_gru_2, True)):
-            state = None
+        if self.config.mixer == "local":
+            for part in slices:
+                x[:, part] += self.local(near[:, part])
+        for name, reverse in _RUNS[self.config.mixer]:
+            unit, state = self.get_submodule(name), None
             for part in reversed(slices) if reverse else slices:
                 y, state = unit(near[:, part], state, reverse=reverse)
                 x[:, part] += y
@@ -405,12 +420,15 @@ AUTO_CLASSES: dict[str, type[PreTrainedModel]] = {
 """Further classes of transformers that know the configuration; `foveate.register` tells them."""
 
 
-def build_upernet(config: VisionGRUConfig, num_labels: int = 150, **settings: Any) -> UperNetForSemanticSegmentation:
+def build_upernet(
+    config: VisionGRUConfig, num_labels: int = 150, *, dropout: float = 0.1, **settings: Any
+) -> UperNetForSemanticSegmentation:
     """transformers' UPerNet on our feature pyramid, with the settings of spec 3.2 (ADE20K).
 
     Args:
         config: of the backbone; its four stages become the pyramid.
         num_labels: classes.
+        dropout: of whole channels before both classifiers, see `add_head_dropout`.
         settings: of `UperNetConfig`, over the defaults hidden_size 512, pool_scales (1, 2, 3, 6), auxiliary head of
             256 channels on stage 3 with loss weight 0.4.
     """
@@ -422,7 +440,7 @@ def build_upernet(config: VisionGRUConfig, num_labels: int = 150, **settings: An
     )
     wanted = {"auxiliary_in_channels": backbone.widths[2], "num_labels": num_labels, **settings}
     model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **wanted))
-    add_head_dropout(model)
+    add_head_dropout(model, dropout)
     return model
 
 

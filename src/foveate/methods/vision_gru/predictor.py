@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.checkpoints import find_checkpoint, read_config
+from foveate.checkpoints import WEIGHTS, find_checkpoint, read_config
 from foveate.errors import CheckpointError, InputError
-from foveate.language.pretrained import first_line
+from foveate.language.pretrained import load_exactly
 from foveate.vision.images import ImageSource
 
 from .modeling import VisionGRUForImageClassification
@@ -86,16 +87,12 @@ class VisionGRUPredictor:
                 f"{os.fspath(name)} is a {architectures[0]}, which has no classes to choose from; give a classifier, "
                 "or load it with transformers.AutoModel or AutoBackbone."
             )
-        try:
-            loaded: Any = VisionGRUForImageClassification.from_pretrained(folder, output_loading_info=True)
-            model, report = loaded
-        except Exception as error:  # transformers and safetensors raise many types
-            raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}; copy it again.") from None
-        missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-        if missing or unknown:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} tensors ({', '.join(missing)}) and has {len(unknown)} unknown ones "
-                f"({', '.join(unknown)}); copy it again."
+        model = load_exactly(VisionGRUForImageClassification.from_pretrained, folder, what="the VisionGRU checkpoint")
+        if folder.parent == WEIGHTS:
+            warnings.warn(
+                f"{folder.name} knows the rendered world only, nothing of photographs; for those, convert the "
+                "official VisionGRU weights or train on photographs by a recipe",
+                stacklevel=2,
             )
         return cls(model, VisionGRUProcessor.from_pretrained(folder), device=device, dtype=dtype)
 

@@ -37,6 +37,12 @@ def resized_sides(width: int, height: int, short: int) -> tuple[int, int]:
     return max(1, int(short * width / height)), short
 
 
+def fitted_sides(width: int, height: int, short: float, long: float) -> tuple[int, int]:
+    """Width and height in proportion, as large as fits: the shorter side at most `short`, the longer at most `long`."""
+    factor = min(long / max(width, height), short / min(width, height))
+    return max(1, int(width * factor + 0.5)), max(1, int(height * factor + 0.5))
+
+
 class VisionGRUProcessor:
     """Args:
     image_size: side in pixels of the centre crop; the image's short side is brought to floor(side / 0.875) first.
@@ -85,14 +91,77 @@ class VisionGRUProcessor:
         InputError: there is no such model.
         CheckpointError: the file of the processor is damaged, or for other pixels than this network's.
         """
-        path = find_checkpoint(name) / PROCESSOR_FILE
-        if not path.is_file():
+        content, path = _read_processor(name)
+        if content is None:
             return cls()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            mean, std = content.get("image_mean", list(MEAN)), content.get("image_std", list(STD))
-            if (tuple(mean), tuple(std)) != (MEAN, STD):
-                raise ValueError(f"mean {mean} and deviation {std} are not ImageNet's")
             return cls(content.get("image_size", 224))
-        except (OSError, ValueError, AttributeError, TypeError) as error:  # InputError is a ValueError
+        except InputError as error:
             raise CheckpointError(f"{path} cannot be used ({error}); copy the checkpoint again.") from None
+
+
+class VisionGRUSceneProcessor:
+    """Whole scenes for segmentation (spec 4.2): resized in proportion, as large as fits into the two sides.
+
+    Args:
+        short: pixels that the shorter side has at most.
+        long: pixels that the longer side has at most.
+    """
+
+    def __init__(self, short: int = 512, long: int = 2048) -> None:
+        for name, value in (("short", short), ("long", long)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 16384:
+                raise InputError(f"{name} must be a whole number of pixels from 1 to 16384, not {value!r}.")
+        if long < short:
+            raise InputError(f"long must be at least short ({short}), not {long}.")
+        self.short, self.long = short, long
+
+    def __call__(self, image: ImageSource, *, ratio: float = 1.0) -> Tensor:
+        """One image -> (3, H, W); `ratio` multiplies both sides.
+
+        Raises:
+            InputError: the image cannot be read.
+        """
+        picture = load_image(image)
+        sides = fitted_sides(*picture.size, int(self.short * ratio), int(self.long * ratio))
+        return to_pixels(picture.resize(sides, Image.Resampling.BILINEAR))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
+        content = {
+            "processor_class": "VisionGRUSceneProcessor",
+            "short": self.short,
+            "long": self.long,
+            "image_mean": list(MEAN),
+            "image_std": list(STD),
+        }
+        with atomic_write(Path(folder) / PROCESSOR_FILE) as file:
+            json.dump(content, file, indent=2)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **_: Any) -> VisionGRUSceneProcessor:
+        """Raises:
+        InputError: there is no such model.
+        CheckpointError: the file of the processor is damaged, or for other pixels than this network's.
+        """
+        content, path = _read_processor(name)
+        if content is None:
+            return cls()
+        try:
+            return cls(content.get("short", 512), content.get("long", 2048))
+        except InputError as error:
+            raise CheckpointError(f"{path} cannot be used ({error}); copy the checkpoint again.") from None
+
+
+def _read_processor(name: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, Path]:
+    """The content of the file of a processor, None where there is no such file, and its path."""
+    path = find_checkpoint(name) / PROCESSOR_FILE
+    if not path.is_file():
+        return None, path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        mean, std = content.get("image_mean", list(MEAN)), content.get("image_std", list(STD))
+        if (tuple(mean), tuple(std)) != (MEAN, STD):
+            raise ValueError(f"mean {mean} and deviation {std} are not ImageNet's")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be used ({error}); copy the checkpoint again.") from None
+    return content, path

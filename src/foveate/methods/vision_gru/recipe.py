@@ -1,16 +1,19 @@
-"""Training and evaluation of the classifier by recipe (spec 3.1), on ImageNet, on a folder a class, or on the rendered
-world, where a sample is the picture of one object and the class its category."""
+"""Training and evaluation by recipe: of the classifier (spec 3.1), on ImageNet, on a folder a class, or on the rendered
+world, where a sample is the picture of one object and the class its category; of the segmenter (spec 3.2), see
+`segmentation`."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.data.image_folder import ImageFolder
 from foveate.errors import RecipeError
@@ -22,15 +25,18 @@ from foveate.training.trainer import TrainingTask
 from foveate.world.vocabulary import category_names
 
 from .augmentation import mix, rand_augment, random_erasing, random_resized_crop, smoothed
+from .baselines import build_baseline, load_baseline
 from .configuration import VARIANTS, VisionGRUConfig
 from .losses import soft_target_divergence
 from .modeling import VisionGRUForImageClassification
 from .predictor import VisionGRUPredictor
 from .processing import VisionGRUProcessor, to_pixels
-from .schedules import MovingAverage
+from .schedules import AveragedTraining
+from .segmentation import SceneAugmentation, SceneData, SegmenterSettings, build_segmenter, evaluate_segmenter
 
 _CONTEXT = 0.1
-"""How much of an object's box a rendered sample shows around it, on each side."""
+"""How much of the longer side of an object's box a rendered sample shows around it, on each side: what evaluation cuts
+off of the picture's edges is about that much."""
 
 
 class FolderData(RecipeSection):
@@ -41,16 +47,17 @@ class FolderData(RecipeSection):
     skip_bad: bool = Field(False, description="decode every image once and leave out those that cannot be read")
 
 
-class ClassData(RecipeSection):
-    """Where labelled images come from: one of the two."""
+class ImageData(RecipeSection):
+    """Where images come from: one of the three."""
 
-    folder: FolderData | None = None
-    world: RenderedData | None = None
+    folder: FolderData | None = Field(None, description="stage classify: images with a class each")
+    world: RenderedData | None = Field(None, description="stage classify: objects of the rendered world")
+    scenes: SceneData | None = Field(None, description="stage segment: images with a class for each pixel")
 
     @model_validator(mode="after")
-    def _one_source(self) -> ClassData:
-        if (self.folder is None) == (self.world is None):
-            raise ValueError("give either folder or world, where the labelled images come from")
+    def _one_source(self) -> ImageData:
+        if sum(source is not None for source in (self.folder, self.world, self.scenes)) != 1:
+            raise ValueError("give one of folder, world and scenes, where the images come from")
         return self
 
 
@@ -70,10 +77,19 @@ class AugmentationSettings(RecipeSection):
 class VisionGRUSizes(RecipeSection):
     """The network."""
 
+    kind: Literal["vision_gru", "vit", "convnext"] = Field(
+        "vision_gru", description="another network to compare with: the width of a ViT is dim, its depth their sum"
+    )
+    mixer: Literal["both", "forward", "local"] = Field(
+        "both", description="what carries information over a map: runs from both ends, from the first pixel, or none"
+    )
     variant: Literal["vision_gru_tiny", "vision_gru_base"] | None = None
     dim: int | None = Field(None, ge=2, le=8192, multiple_of=2)
-    depths: list[int] | None = Field(None, min_length=4, max_length=4)
-    init_from: str | None = Field(None, description="go on from this classifier of the same sizes and classes")
+    depths: list[Annotated[int, Field(ge=1, le=1024)]] | None = Field(None, min_length=4, max_length=4)
+    patch_size: int = Field(16, ge=1, le=1024, description="pixels, side of a ViT's patches")
+    init_from: str | None = Field(
+        None, description="go on from this classifier of the same sizes, and where it is trained further, classes"
+    )
     image_size: int = Field(224, ge=1, le=16384, description="pixels, side of training images")
     gradient_checkpointing: bool = Field(False, description="compute blocks again in the backward pass: less memory")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the moving average that is saved; 0 is off")
@@ -83,14 +99,40 @@ class VisionGRUSizes(RecipeSection):
         own = self.dim is not None and self.depths is not None
         if own == (self.variant is not None) or (self.dim is None) != (self.depths is None):
             raise ValueError("give either variant, or dim and depths")
+        if self.kind != "vision_gru" and (self.variant is not None or self.mixer != "both" or self.init_from):
+            raise ValueError(f"a {self.kind} takes dim and depths, and no variant, mixer or init_from")
         return self
 
 
+def _defaults(section: type[Any]) -> Any:
+    return Field(default_factory=lambda: section.model_validate({}))
+
+
 class VisionGRURecipe(Recipe):
-    data: ClassData
-    augmentation: AugmentationSettings = Field(default_factory=lambda: AugmentationSettings.model_validate({}))
+    stage: Literal["classify", "segment"] = Field("classify", description="segment: UPerNet, from a trained classifier")
+    data: ImageData
+    augmentation: AugmentationSettings = _defaults(AugmentationSettings)
+    scene_augmentation: SceneAugmentation = _defaults(SceneAugmentation)
     model: VisionGRUSizes
-    evaluation: ClassData
+    segmenter: SegmenterSettings = _defaults(SegmenterSettings)
+    evaluation: ImageData
+
+    @model_validator(mode="after")
+    def _of_one_stage(self) -> VisionGRURecipe:
+        segment = self.stage == "segment"
+        for name in ("data", "evaluation"):
+            if (getattr(self, name).scenes is not None) != segment:
+                wanted = "scenes" if segment else "folder or world"
+                raise ValueError(f"the stage {self.stage} takes {name}.{wanted}")
+        # Written to recipe.yaml are the sections of both, so that those of the other stage may stand there unchanged.
+        for name in ("augmentation",) if segment else ("scene_augmentation", "segmenter"):
+            if getattr(self, name) != type(getattr(self, name)).model_validate({}):
+                raise ValueError(f"the stage {self.stage} has no {name}; remove it")
+        if segment and self.model.kind != "vision_gru":
+            raise ValueError(f"the stage segment is of the kind vision_gru, not {self.model.kind}")
+        if segment and self.training.batch_size < 2:
+            raise ValueError("training.batch_size must be at least 2, for the heads normalise over the batch")
+        return self
 
 
 RECIPE = VisionGRURecipe
@@ -99,7 +141,7 @@ RECIPE = VisionGRURecipe
 class Pictures:
     """Images with classes, of either source; `classes` are those of a trained model, or None for the data's own."""
 
-    def __init__(self, data: ClassData, classes: list[str] | None = None) -> None:
+    def __init__(self, data: ImageData, classes: list[str] | None = None) -> None:
         self.folder = self.scenes = None
         if data.folder is not None:
             settings = data.folder
@@ -126,12 +168,17 @@ class Pictures:
         assert self.scenes is not None
         scene, number = self.objects[index]
         pixels, item = self.scenes.images[scene], self.scenes.instances[scene][number]
-        x0, y0, x1, y1 = item.box
-        side = pixels.shape[0]
-        dx, dy = _CONTEXT * (x1 - x0), _CONTEXT * (y1 - y0)
-        left, top = int(max(x0 - dx, 0)), int(max(y0 - dy, 0))
-        right, bottom = max(int(min(x1 + dx, side)), left + 1), max(int(min(y1 + dy, side)), top + 1)
-        return Image.fromarray(pixels[top:bottom, left:right]), self.classes.index(item.category)
+        left, top, side = square_around(item.box, pixels.shape[0])
+        return Image.fromarray(pixels[top : top + side, left : left + side]), self.classes.index(item.category)
+
+
+def square_around(box: Sequence[float], limit: int) -> tuple[int, int, int]:
+    """Left, top and side of the square picture of an object inside a scene of `limit` x `limit` pixels: its box (xyxy)
+    with `_CONTEXT` around it, moved inwards where it would leave the scene, so that the object is seen whole."""
+    x0, y0, x1, y1 = box
+    side = min(math.ceil((1 + 2 * _CONTEXT) * max(x1 - x0, y1 - y0)), limit)
+    left, top = (round((low + high - side) / 2) for low, high in ((x0, x1), (y0, y1)))
+    return min(max(left, 0), limit - side), min(max(top, 0), limit - side), side
 
 
 class TrainingImages(SeededDataset):
@@ -172,73 +219,70 @@ class MixingCollate:
         return {"pixel_values": images, "labels": targets}
 
 
-class ClassifierTraining(nn.Module):
-    """The classifier and the moving average of its weights, which resumes with it.
-
-    The average follows when the weights have changed since the last look, that is, once for each optimiser step.
-    """
-
-    seen: Tensor
-
-    def __init__(self, classifier: VisionGRUForImageClassification, decay: float) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.average = MovingAverage(classifier.parameters(), decay) if decay else None
-        # What the weights were when the average last followed; part of the state, so that a resumed run goes on so.
-        self.register_buffer("seen", classifier.fc.bias.detach().clone())
-
-    def follow(self) -> None:
-        """Moves the average towards the weights if these are others than before."""
-        bias = self.classifier.fc.bias.detach()
-        if self.average is not None and not torch.equal(self.seen, bias):
-            self.average.update(self.classifier.parameters())
-            self.seen.copy_(bias)
+class ClassifierTraining(AveragedTraining):
+    """The classifier and the moving average of its weights."""
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if self.training:
             self.follow()
-        return {"loss": soft_target_divergence(self.classifier(pixel_values).logits, labels)}
+        return {"loss": soft_target_divergence(self.network(pixel_values).logits, labels)}
 
 
 def build(recipe: VisionGRURecipe) -> TrainingTask:
-    """The classifier with its data; the folder that training saves holds the moving average, if there is one.
+    """The network of the stage with its data; the folder that training saves holds the moving average, if there is one.
 
     Raises:
         InputError: there is no such data, or `model.init_from` is no classifier.
         RecipeError: `model.init_from` has other sizes or classes.
     """
     sizes = recipe.model
+    shape = VARIANTS[sizes.variant] if sizes.variant else {"dim": sizes.dim, "depths": sizes.depths}
+    config = VisionGRUConfig(**shape, image_size=sizes.image_size, mixer=sizes.mixer)
+    start = None
+    if sizes.init_from is not None:
+        start = VisionGRUPredictor.from_pretrained(sizes.init_from, device=torch.device("cpu")).model
+        found = start.config
+        if (found.dim, list(found.depths), found.mixer) != (config.dim, list(config.depths), config.mixer):
+            raise RecipeError(
+                f"model.init_from: {sizes.init_from} has dim {found.dim}, depths {found.depths} and mixer "
+                f"{found.mixer}, not those of the recipe; change model."
+            )
+    if recipe.stage == "segment":
+        return build_segmenter(recipe, config, None if start is None else start.vision_gru)
+    return build_classifier(recipe, config, start)
+
+
+def build_classifier(
+    recipe: VisionGRURecipe, config: VisionGRUConfig, start: VisionGRUForImageClassification | None
+) -> TrainingTask:
+    """The classifier with its data.
+
+    Args:
+        config: of a VisionGRU, without classes.
+        start: the classifier to go on from.
+    """
+    sizes = recipe.model
     pictures = Pictures(recipe.data)
     names = dict(enumerate(pictures.classes))
-    shape = VARIANTS[sizes.variant] if sizes.variant else {"dim": sizes.dim, "depths": sizes.depths}
-    config = VisionGRUConfig(
-        **shape, image_size=sizes.image_size, id2label=names, label2id={name: k for k, name in names.items()}
-    )
-    if sizes.init_from is None:
-        model = VisionGRUForImageClassification(config)
+    if start is not None and start.config.id2label != names:
+        raise RecipeError(
+            f"model.init_from: {sizes.init_from} has {start.config.num_labels} classes, not those of the data; change "
+            "model or data."
+        )
+    classes = {"id2label": names, "label2id": {name: label for label, name in names.items()}}
+    if sizes.kind != "vision_gru":
+        network = build_baseline(sizes.kind, config, sizes.patch_size, classes)
     else:
-        model = VisionGRUPredictor.from_pretrained(sizes.init_from, device=torch.device("cpu")).model
-        found = model.config
-        if (found.dim, list(found.depths), found.id2label) != (config.dim, config.depths, config.id2label):
-            raise RecipeError(
-                f"model.init_from: {sizes.init_from} has dim {found.dim}, depths {found.depths} and "
-                f"{found.num_labels} classes, not those of the recipe and its data; change model or data."
-            )
+        network = start or VisionGRUForImageClassification(VisionGRUConfig.from_dict(config.to_dict() | classes))
     if sizes.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    training = ClassifierTraining(model, sizes.ema_decay)
+        network.gradient_checkpointing_enable()
+    training = ClassifierTraining(network, sizes.ema_decay)
     decay = recipe.training.weight_decay
 
     def save(folder: Path) -> None:
-        training.follow()
-        kept = [value.detach().clone() for value in model.parameters()]
-        if training.average is not None and int(training.average.updates):
-            training.average.copy_to(model.parameters())
-        model.save_pretrained(folder)
+        with training.averaged():
+            network.save_pretrained(folder)
         VisionGRUProcessor(sizes.image_size).save_pretrained(folder)
-        with torch.no_grad():
-            for value, before in zip(model.parameters(), kept, strict=True):
-                value.copy_(before)
 
     return TrainingTask(
         model=training,
@@ -250,14 +294,22 @@ def build(recipe: VisionGRURecipe) -> TrainingTask:
     )
 
 
-def evaluate(recipe: VisionGRURecipe, model_path: Path) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy on centre crops (spec 4.1, 5).
+def evaluate(
+    recipe: VisionGRURecipe, model_path: Path, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy on centre crops (spec 4.1, 5); mIoU where the stage is segment.
 
     Raises:
-        InputError: the model is no classifier, or an image cannot be read.
+        InputError: the model is none of the stage's, or an image cannot be read.
         CheckpointError: it is damaged.
+        RecipeError: it has other classes than the data.
     """
-    predictor = VisionGRUPredictor.from_pretrained(model_path)
+    if recipe.stage == "segment":
+        return evaluate_segmenter(recipe, model_path, progress)
+    if recipe.model.kind == "vision_gru":
+        predictor = VisionGRUPredictor.from_pretrained(model_path)
+    else:
+        predictor = load_baseline(model_path)
     pictures = Pictures(recipe.evaluation, predictor.labels)
     scores, labels = [], []
     batch = recipe.training.batch_size
@@ -267,6 +319,8 @@ def evaluate(recipe: VisionGRURecipe, model_path: Path) -> dict[str, Any]:
         )
         scores.append(predictor.probabilities(images, batch_size=batch).numpy())
         labels += wanted
+        if progress is not None:
+            progress(len(labels), len(pictures))
     probabilities, truth = np.concatenate(scores), np.array(labels)
     return {
         "images": len(labels),

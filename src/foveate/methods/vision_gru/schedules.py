@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +63,48 @@ class MovingAverage(nn.Module):
         """Writes the averages into the parameters."""
         for average, value in zip(self.averages(), parameters, strict=True):
             value.copy_(average)
+
+
+class AveragedTraining(nn.Module):
+    """A network in training and the moving average of its weights, which resumes with it.
+
+    The average follows when the weights have changed since the last look, that is, once for each optimiser step.
+
+    Args:
+        network: it is trained, and its last parameter in every step.
+        decay: of the average; 0 for none.
+    """
+
+    seen: Tensor
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.network = network
+        self.average = MovingAverage(network.parameters(), decay) if decay else None
+        # What the weights were when the average last followed; part of the state, so that a resumed run goes on so.
+        self.register_buffer("seen", self._last().clone())
+
+    def _last(self) -> Tensor:
+        return list(self.network.parameters())[-1].detach()
+
+    def follow(self) -> None:
+        """Moves the average towards the weights if these are others than before."""
+        if self.average is not None and not torch.equal(self.seen, self._last()):
+            self.average.update(self.network.parameters())
+            self.seen.copy_(self._last())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the network has the averages as its weights, if there are any."""
+        self.follow()
+        if self.average is None or not int(self.average.updates):
+            yield
+            return
+        kept = [value.detach().clone() for value in self.network.parameters()]
+        self.average.copy_to(self.network.parameters())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for value, before in zip(self.network.parameters(), kept, strict=True):
+                    value.copy_(before)
