@@ -125,6 +125,24 @@ def test_only_answers_teach_and_the_tower_stays(task: TrainingTask) -> None:
     model.zero_grad()
 
 
+def test_pictures_that_are_remembered_teach_the_same(settings: list[str], task: TrainingTask) -> None:
+    model, processor, dataset = parts_of(task)
+    join = collate(processor.tokenizer.pad_token_id)
+    training: Any = task.model
+    remembering = PictureConversations(dataset.samples, dataset.index, processor, dataset.settings, training.look)
+    plain, kept = (join([own[0], own[1], own[0]]) for own in (dataset, remembering))
+    assert "pixel_values" not in kept
+    assert kept["tiles"].tolist() == [3, 3, 3]
+    assert kept["input_ids"].equal(plain["input_ids"])
+    losses = [task.model(**batch)["loss"] for batch in (plain, kept)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
+    losses[1].backward()
+    assert model.model.image_newline.grad.abs().sum() > 0
+    model.zero_grad()
+    with pytest.raises(RecipeError, match="remember_pictures keeps what a frozen tower sees"):
+        load_recipe(RECIPE, [*settings, "model.train_vision=true", "model.remember_pictures=true"])
+
+
 def test_a_trained_model_is_a_llava_next_whose_tokens_can_be_dropped(settings: list[str], tmp_path: Path) -> None:
     steps = ["training.max_steps=2", "training.batch_size=2", "training.save_every=0", "training.progress=false"]
     folder = train(RECIPE, [*settings, *steps], out=tmp_path / "run").checkpoint

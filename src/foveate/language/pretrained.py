@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from foveate.checkpoints import find_checkpoint
 from foveate.errors import CheckpointError
 
 
@@ -51,6 +52,8 @@ def load_complete(
 def load_exactly(load: Callable[..., Any], path: Any, *args: Any, what: str, **kwargs: Any) -> Any:
     """`load(path)`, a `from_pretrained`, in evaluation mode, refused unless checkpoint and model have the same weights.
 
+    The weights of a `PartsElsewhere` are those of its own checkpoint and of the ones that it names.
+
     Args:
         load: the method of transformers' class, which takes `output_loading_info`.
         what: what is loaded, for the sentence of an error: "the ... checkpoint".
@@ -66,12 +69,17 @@ def load_exactly(load: Callable[..., Any], path: Any, *args: Any, what: str, **k
             model, info = load(path, *args, **kwargs)
     except Exception as error:  # safetensors, json, torch and transformers each raise their own
         raise CheckpointError(f"cannot load {what} {str(path)!r}: {first_line(error)}") from error
+    shared = _with_parts_elsewhere(model)
+    elsewhere = shared.prefixes_elsewhere() if shared else ()
     problems = {
-        "missing": sorted(info["missing_keys"]),
+        "missing": sorted(key for key in info["missing_keys"] if not key.startswith(elsewhere)),
         "unexpected": sorted(info["unexpected_keys"]),
         "of another shape": sorted(map(str, info["mismatched_keys"])),
     }
     if not any(problems.values()):
+        if shared:
+            shared.before_base_models()
+            shared.load_base_models()
         broken = [key for key, value in model.named_parameters() if not value.is_meta and not value.isfinite().all()]
         problems["with values that are not finite"] = broken
     bad = [f"{len(keys)} {kind} ({', '.join(keys)})" for kind, keys in problems.items() if keys]
@@ -79,6 +87,77 @@ def load_exactly(load: Callable[..., Any], path: Any, *args: Any, what: str, **k
         raise CheckpointError(f"{what} {str(path)!r} does not fit, weights are wrong: {'; '.join(bad)}")
     model.eval()
     return (model, info) if want_info else model
+
+
+class PartsElsewhere:
+    """Of a `PreTrainedModel`: parts that were never trained may lie in checkpoints of their own, which
+    `config.base_models` names, in place of once more in its own.
+
+    `save_pretrained` leaves them out; `load_exactly` asks for no weights of them and fills them.
+    """
+
+    FROZEN_PARTS: ClassVar[Mapping[str, str]]
+    """Part, as `base_models` calls it -> the module that it is."""
+
+    def prefixes_elsewhere(self) -> tuple[str, ...]:
+        """Prefixes of the parameters that live in the checkpoints of `config.base_models`."""
+        model: Any = self
+        return tuple(f"{self.FROZEN_PARTS[part]}." for part in model.config.base_models)
+
+    def base_weights(self, part: str, path: Path, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+        """The weights of a part, read from a checkpoint in `dtype`, by the names that they have in the part."""
+        raise TypeError(f"{type(self).__name__} does not say how its {part} is read")
+
+    def before_base_models(self) -> None:
+        """Called where a checkpoint is loaded, when its own weights are there and those of others are not yet."""
+
+    def load_base_models(self, names: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> Self:
+        """Fill the frozen parts from their own checkpoints: folders, hub ids or the names of shipped weights.
+
+        Args:
+            names: part -> checkpoint; those of the configuration by default.
+            dtype: in which the files are read; the parts keep the type that they have.
+
+        Raises:
+            CheckpointError: a checkpoint is missing, or does not have the sizes of this model's configuration.
+        """
+        model: Any = self
+        for part, name in (model.config.base_models if names is None else names).items():
+            weights = self.base_weights(part, find_checkpoint(name), dtype)
+            try:
+                model.get_submodule(self.FROZEN_PARTS[part]).load_state_dict(weights)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"the base model {name!r} does not fit this configuration: {first_line(error)}"
+                ) from error
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As in transformers, less the parts that `config.base_models` names."""
+        model: Any = self
+        weights = kwargs.pop("state_dict", None) or model.state_dict()
+        elsewhere = self.prefixes_elsewhere()
+        kept = {key: value for key, value in weights.items() if not (elsewhere and key.startswith(elsewhere))}
+        inherited: Any = super()
+        inherited.save_pretrained(save_directory, state_dict=kept, **kwargs)
+
+
+def _with_parts_elsewhere(model: Any) -> PartsElsewhere | None:
+    return model if isinstance(model, PartsElsewhere) else None
+
+
+def check_base_models(base_models: Mapping[str, Any], parts: Collection[str]) -> None:
+    """Whether a configuration's `base_models` is part -> name of a checkpoint.
+
+    Raises:
+        ValueError: it names a part that the model does not have, or no checkpoint.
+    """
+    unknown = set(base_models) - set(parts)
+    if unknown:
+        raise ValueError(f"base_models names unknown parts: {', '.join(sorted(unknown))}")
+    for part, name in base_models.items():
+        if not isinstance(name, str):
+            raise ValueError(f"base_models of {part} must be the name of a checkpoint, not {name!r}")
 
 
 def read_model_type(path: str) -> str:

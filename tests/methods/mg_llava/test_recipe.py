@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, LlamaConfig
 
 import foveate
-from foveate.errors import CheckpointError, InputError, RecipeError
+from foveate.errors import CheckpointError, FoveateError, InputError, RecipeError
 from foveate.language.templates import IGNORED, IMAGE_ID
 from foveate.methods.mg_llava.adapters import LoraSettings
 from foveate.methods.mg_llava.modeling import MGLlavaModel
@@ -476,6 +476,36 @@ def test_the_second_stage_goes_on_from_the_first(recipe: Path, tmp_path: Path) -
         train(recipe, [f"model={{init_from: {first}, fusion: none}}"], out=tmp_path / "third")
     with pytest.raises(RecipeError, match=r"template must be one of"):
         train(recipe, [f"model={{init_from: {first}, template: vicunia}}"], out=tmp_path / "third")
+
+
+def test_towers_that_were_never_trained_may_be_named_in_place_of_saved(
+    recipe: Path, base: dict[str, str], tmp_path: Path
+) -> None:
+    short = ["training.max_steps=2"]
+    whole = train(recipe, short, out=tmp_path / "whole").checkpoint
+    named = train(recipe, [*short, "model.keep_towers=false"], out=tmp_path / "named").checkpoint
+    towers = ("vision_tower.", "high_res_tower.")
+    kept = set(load_file(named / "model.safetensors"))
+    assert kept == {key for key in load_file(whole / "model.safetensors") if not key.startswith(towers)}
+    expected = MGLlavaModel.from_pretrained(whole).state_dict()
+    loaded = MGLlavaModel.from_pretrained(named).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+    goes_on = task(recipe, f"model={{init_from: {named}}}").model
+    assert goes_on.config.base_models == {"vision": base["vision"], "high_res": base["high_res"]}
+    goes_on.save_pretrained(tmp_path / "second")
+    assert set(load_file(tmp_path / "second" / "model.safetensors")) == kept
+    stands_alone = task(recipe, f"model={{init_from: {named}, keep_towers: true}}").model
+    assert stands_alone.config.base_models == {}
+    with pytest.raises(RecipeError, match="does not say where its towers are from"):
+        task(recipe, f"model={{init_from: {whole}, keep_towers: false}}")
+
+    config = json.loads((named / "config.json").read_text())
+    config["base_models"]["vision"] = str(tmp_path / "gone")
+    (named / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FoveateError, match=r"there is no folder .*gone"):
+        MGLlavaModel.from_pretrained(named)
 
 
 def test_a_few_samples_are_learnt_to_the_letter(recipe: Path, tmp_path: Path) -> None:

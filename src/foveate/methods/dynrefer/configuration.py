@@ -15,7 +15,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from foveate.checkpoints import find_checkpoint, read_config, suggestion
 from foveate.errors import CheckpointError, InputError
 from foveate.language.generation import check_generation
-from foveate.language.pretrained import first_line
+from foveate.language.pretrained import check_base_models, first_line
 
 from .captioners import Captioner, captioner_of
 
@@ -181,12 +181,7 @@ class DynReferConfig(PreTrainedConfig):
             if not finite or len(numbers) != wanted or (task == "category" and numbers[0] <= 0):
                 what = "one number above 0" if wanted == 1 else "two finite numbers, scale and bias"
                 raise ValueError(f"calibration of {task} must be a list of {what}, not {numbers!r}")
-        unknown = set(self.base_models) - {"vision", "text", "language"}
-        if unknown:
-            raise ValueError(f"base_models names unknown parts: {', '.join(sorted(unknown))}")
-        for part, name in self.base_models.items():
-            if not isinstance(name, str):
-                raise ValueError(f"base_models of {part} must be the name of a checkpoint, not {name!r}")
+        check_base_models(self.base_models, ("vision", "text", "language"))
         check_generation(self.generation)
 
     @property

@@ -9,10 +9,10 @@ Shapes: R regions, n views, C tower width, g RoI grid side, Q query tokens, V te
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,9 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.utils.generic import ModelOutput
 
-from foveate.checkpoints import find_checkpoint
-from foveate.errors import CheckpointError
 from foveate.language.generation import GeneratedSequences, generate_finite
 from foveate.language.lm import load_text_encoder, untie_lm_head
-from foveate.language.pretrained import first_line, quiet_load_report
+from foveate.language.pretrained import PartsElsewhere, load_exactly
 from foveate.ops.deform import deform_sample
 from foveate.ops.roi_align import roi_align
 from foveate.vision.towers import build_tower, load_tower
@@ -179,7 +177,7 @@ class DynReferPreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.attr_b, -10.0)
 
 
-class DynReferModel(DynReferPreTrainedModel):
+class DynReferModel(PartsElsewhere, DynReferPreTrainedModel):
     """DynRefer whole: frozen tower, region encoder, tag head, contrast head and captioner.
 
     The captioner is of one of two kinds (`captioners.py`); the layer before it is called `t5_proj` or `llm_proj`, as in
@@ -247,10 +245,6 @@ class DynReferModel(DynReferPreTrainedModel):
 
     FROZEN_PARTS = {"vision": "vision_tower", "text": "text_encoder", "language": "language_model"}  # noqa: RUF012
 
-    def _external_prefixes(self) -> tuple[str, ...]:
-        """Prefixes of the parameters that live in the checkpoints of `config.base_models`."""
-        return tuple(f"{self.FROZEN_PARTS[part]}." for part in self.config.base_models)
-
     def language_layers(self) -> list[nn.Module]:
         """The layers of the language model, those of an encoder first."""
         return self.captioner.layers(self.language_model)
@@ -270,53 +264,28 @@ class DynReferModel(DynReferPreTrainedModel):
                 parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
         return self
 
-    def load_base_models(
-        self, names: dict[str, str] | None = None, dtype: torch.dtype = torch.float32
-    ) -> DynReferModel:
-        """Fill the frozen parts from their own checkpoints: folders, hub ids or the names of shipped weights.
+    def before_base_models(self) -> None:
+        # What is copied in afterwards is thus rounded once only.
+        self._cast(self.query_tokens.dtype)
 
-        Args:
-            names: part -> checkpoint; those of the configuration by default.
-            dtype: in which the files are read; the parts keep the type that they have.
-
-        Raises:
-            CheckpointError: a checkpoint is missing, or does not have the sizes of this model's configuration.
-        """
-        for part, name in (names or self.config.base_models).items():
-            path = find_checkpoint(name)
-            if part == "vision":
-                self._fill(self.vision_tower, load_tower(path, dtype=dtype).state_dict(), name)
-            elif part == "text":
-                self._fill(self.text_encoder, load_text_encoder(path, dtype=dtype).state_dict(), name)
-            else:
-                source: Any = load_captioner(path, dtype)[0]
-                if source.get_output_embeddings().weight is not source.get_input_embeddings().weight:
-                    # A fresh T5 shares them, and the copy would overwrite the embedding with the output layer.
-                    untie_lm_head(self.language_model)
-                rows = self.config.language_config.vocab_size
-                self._fill(self.language_model, with_padding_row(source.state_dict(), self.captioner, rows), name)
+    def load_base_models(self, names: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> Self:
+        """Fill the frozen parts from their own checkpoints, as all models do that have some elsewhere."""
+        super().load_base_models(names, dtype)
         self.freeze()
         return self
 
-    @staticmethod
-    def _fill(part: nn.Module, weights: dict[str, Tensor], name: str) -> None:
-        try:
-            part.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the base model {name!r} does not fit this configuration: {first_line(error)}"
-            ) from error
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in transformers, less the parts that `config.base_models` names."""
-        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-        external = self._external_prefixes()
-        kept = (
-            {key: value for key, value in state_dict.items() if not key.startswith(external)}
-            if external
-            else state_dict
-        )
-        super().save_pretrained(save_directory, state_dict=kept, **kwargs)
+    def base_weights(self, part: str, path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tower's, the text encoder's or the language model's."""
+        if part == "vision":
+            return load_tower(path, dtype=dtype).state_dict()
+        if part == "text":
+            return load_text_encoder(path, dtype=dtype).state_dict()
+        source: Any = load_captioner(path, dtype)[0]
+        if source.get_output_embeddings().weight is not source.get_input_embeddings().weight:
+            # A fresh T5 shares them, and the copy would overwrite the embedding with the output layer.
+            untie_lm_head(self.language_model)
+        rows = self.config.language_config.vocab_size
+        return with_padding_row(source.state_dict(), self.captioner, rows)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -325,37 +294,8 @@ class DynReferModel(DynReferPreTrainedModel):
         Raises:
             CheckpointError: the same, or a file that cannot be read.
         """
-        want_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # listed below, with all the rest
-        name = str(pretrained_model_name_or_path)
-        try:
-            with quiet_load_report():
-                loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-                model, info = loaded
-        except Exception as error:  # safetensors, json, torch and transformers each raise their own
-            raise CheckpointError(f"cannot load the DynRefer checkpoint {name!r}: {first_line(error)}") from error
-        external = model._external_prefixes()
-        missing = sorted(key for key in info["missing_keys"] if not (external and key.startswith(external)))
-        problems = {
-            "missing": missing,
-            "unexpected": sorted(info["unexpected_keys"]),
-            "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
-        }
-        model._refuse(name, problems)
-        # Before the base models are copied in, which thus are rounded once only.
-        model._cast(model.query_tokens.dtype)
-        model.load_base_models()
-        # A head swallows some NaN without a trace, so they are looked for here and not in what it answers.
-        broken = [key for key, value in model.named_parameters() if not value.isfinite().all()]
-        model._refuse(name, {"with values that are not finite": broken})
-        model.eval()
-        return (model, info) if want_info else model
-
-    @staticmethod
-    def _refuse(name: str, problems: dict[str, list[str]]) -> None:
-        bad = [f"{len(keys)} {what} ({', '.join(keys)})" for what, keys in problems.items() if keys]
-        if bad:
-            raise CheckpointError(f"checkpoint {name!r} does not fit, weights are wrong: {'; '.join(bad)}")
+        load = super().from_pretrained
+        return load_exactly(load, pretrained_model_name_or_path, *args, what="the DynRefer checkpoint", **kwargs)
 
     # ---------------------------------------------------------------- region encoder
 

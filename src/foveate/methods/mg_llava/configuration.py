@@ -13,7 +13,7 @@ from transformers.models.convnext.configuration_convnext import ConvNextConfig
 
 from foveate.checkpoints import find_checkpoint, read_config, suggestion
 from foveate.errors import CheckpointError, InputError
-from foveate.language.pretrained import first_line
+from foveate.language.pretrained import check_base_models, first_line
 from foveate.language.templates import TEMPLATES
 
 FUSIONS = (
@@ -63,6 +63,8 @@ class MGLlavaConfig(PreTrainedConfig):
         hard_cap: never more than `box_limit` boxes, whatever the mode.
         num_frames: frames that a video is sampled to.
         max_text_length: most text tokens of a conversation (spec 3.2: 2048 - 576).
+        base_models: frozen tower ("vision", "high_res") -> name of the checkpoint that holds its weights (shipped
+            weights, a folder, a hub id). A tower that is not named here is saved in the model's own folder.
         generation: decoding defaults: max_new_tokens, temperature (0 is greedy), top_p, top_k, repetition_penalty.
     """
 
@@ -97,6 +99,7 @@ class MGLlavaConfig(PreTrainedConfig):
     hard_cap: bool = False
     num_frames: int = 8
     max_text_length: int = 1472
+    base_models: Any = None
     generation: Any = None
     initializer_range: float = 0.02
 
@@ -110,6 +113,7 @@ class MGLlavaConfig(PreTrainedConfig):
             self.object_bins = 7 if self.object_levels == "last" else 56
         if self.generation is None or isinstance(self.generation, dict):
             self.generation = {**DEFAULT_GENERATION, **(self.generation or {})}
+        self.base_models = {} if self.base_models is None else self.base_models
         self.is_encoder_decoder = False
         self.check()
 
@@ -133,6 +137,9 @@ class MGLlavaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if not is_number(self.box_iou, 0, 1):
             raise ValueError(f"box_iou must be a number from 0 to 1, not {self.box_iou!r}")
+        if not isinstance(self.base_models, dict):
+            raise ValueError(f"base_models must be an object, part to name of a checkpoint, not {self.base_models!r}")
+        check_base_models(self.base_models, ("vision", "high_res") if self.sees_high_res else ("vision",))
         layers = self.vision_config.num_hidden_layers
         if not is_whole(self.vision_layer) or not -layers - 1 <= self.vision_layer <= layers:
             raise ValueError(

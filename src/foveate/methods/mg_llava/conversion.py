@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.models.convnext.configuration_convnext import ConvNextConfig
 
 from foveate import __version__
-from foveate.checkpoints import find_checkpoint
+from foveate.checkpoints import find_checkpoint, read_config
 from foveate.errors import CheckpointError, InputError
 from foveate.files import atomic_folder
 from foveate.language.lm import check_tokenizer, load_config, load_tokenizer
@@ -33,7 +33,7 @@ from foveate.language.official import (
     write_json,
     write_safetensors,
 )
-from foveate.language.pretrained import first_line
+from foveate.language.pretrained import first_line, load_complete
 from foveate.language.templates import find_template
 from foveate.methods import find_dtype
 from foveate.vision.towers import load_tower
@@ -411,6 +411,30 @@ def trunk_config(tensors: Mapping[str, Tensor]) -> ConvNextConfig:
         # The released towers run in evaluation mode here; with the legacy flag their drop-path is 0.1 (spec 7.7).
         drop_path_rate=0.1,
     )
+
+
+def load_trunk(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and weights of a ConvNeXt: a checkpoint of transformers, or one in timm's or open_clip's layout.
+
+    Returns:
+        The configuration, and float32 weights under the keys of transformers' `ConvNextModel`, without its last norm.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if read_config(folder).get("model_type") == "convnext":
+        from transformers import ConvNextModel
+
+        # The pooled features' norm belongs to a classifier; some checkpoints have none, and we need none (spec 2.7).
+        model = load_complete(ConvNextModel, str(folder), dtype=torch.float32, may_lack=("layernorm.",))
+        weights = {key: value for key, value in model.state_dict().items() if not key.startswith("layernorm.")}
+        return model.config, weights
+    converted = convert_state_dict(read_safetensors(folder))
+    prefix = "high_res_tower.model."
+    trunk = {key: value.float() for key, value in converted.items() if key.startswith(prefix)}
+    if not trunk:
+        raise CheckpointError(f"{folder} holds no ConvNeXt; give one of transformers, timm or open_clip.")
+    return trunk_config(trunk), {key.removeprefix(prefix): value for key, value in trunk.items()}
 
 
 def _configuration(clip: Any, language: Any, tensors: Mapping[str, Tensor], template: str) -> MGLlavaConfig:

@@ -27,9 +27,9 @@ from transformers.utils.generic import ModelOutput
 
 from foveate.errors import InputError
 from foveate.language.generation import FiniteLogits
-from foveate.language.pretrained import load_exactly
+from foveate.language.pretrained import PartsElsewhere, load_exactly
 from foveate.language.templates import IGNORED, IMAGE_ID, VIDEO_ID
-from foveate.vision.towers import build_tower
+from foveate.vision.towers import build_tower, load_tower
 
 from .configuration import MGLlavaConfig
 from .fusion import (
@@ -217,7 +217,7 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
         """Every module draws its own weights when it is made (spec 2.1, 2.3); a checkpoint has to have all."""
 
 
-class MGLlavaModel(MGLlavaPreTrainedModel):
+class MGLlavaModel(PartsElsewhere, MGLlavaPreTrainedModel):
     """MG-LLaVA whole: two frozen towers, fusion, object features, projectors, language model."""
 
     def __init__(self, config: MGLlavaConfig, language_model: Any = None) -> None:
@@ -249,6 +249,16 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             self.box_projector = projector(config.object_width, width)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.language_config)
         self.post_init()
+
+    FROZEN_PARTS = {"vision": "vision_tower", "high_res": "high_res_tower.model"}  # noqa: RUF012
+
+    def base_weights(self, part: str, path: Path, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """A tower's, from a checkpoint of CLIP or of a ConvNeXt."""
+        if part == "vision":
+            return load_tower(path, dtype=dtype).state_dict()
+        from .conversion import load_trunk  # which knows other layouts, and this module
+
+        return load_trunk(path)[1]
 
     # ---------------------------------------------------------------- what is trained
 

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
-from foveate.checkpoints import find_checkpoint, read_config
+from foveate.checkpoints import find_checkpoint
 from foveate.data.llava import Conversations
 from foveate.data.samples import BoxSet, ConversationSample
-from foveate.errors import CheckpointError, FoveateError, InputError, RecipeError
+from foveate.errors import FoveateError, InputError, RecipeError
 from foveate.language.decoding import Sampling
 from foveate.language.lm import check_tokenizer, load_config, load_tokenizer
-from foveate.language.official import read_safetensors
 from foveate.language.pretrained import first_line, load_complete
 from foveate.language.templates import IGNORED, PLACEHOLDERS
 from foveate.methods import load
@@ -43,7 +42,7 @@ from foveate.vision.video import load_video
 
 from .adapters import Adapters, LoraSettings, check_quantisation, quantisation
 from .configuration import MGLlavaConfig, find_mg_llava
-from .conversion import convert_state_dict, trunk_config
+from .conversion import load_trunk
 from .feature_cache import Entry, FeatureCache
 from .modeling import MGLlavaModel, TowerFeatures
 from .predictor import MGLlavaPredictor
@@ -89,6 +88,9 @@ class ModelSettings(RecipeSection):
         default_factory=dict, description="CLIP, ConvNeXt and language model; not needed with `init_from`"
     )
     init_from: str | None = Field(None, description="start from this MG-LLaVA, such as that of the first stage")
+    keep_towers: bool = Field(
+        True, description="save the frozen towers too; false: only their names, as base_models gave them"
+    )
     frozen_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen parts in training")
     gradient_checkpointing: bool = Field(False, description="compute the language model's layers twice, to save memory")
     lora: LoraSettings | None = Field(None, description="second stage: adapters in place of the whole language model")
@@ -338,7 +340,7 @@ CHANGEABLE = frozenset(
     | {"num_frames", "max_text_length", "generation"}
 )
 """Settings of the recipe that a checkpoint can be given; the others are what its weights were made for."""
-_OWN = {"base_models", "init_from", "frozen_dtype", "gradient_checkpointing", "lora"}
+_OWN = {"base_models", "init_from", "keep_towers", "frozen_dtype", "gradient_checkpointing", "lora"}
 
 
 @dataclass(frozen=True)
@@ -382,7 +384,7 @@ def _assemble(settings: ModelSettings, dtype: torch.dtype, quantised: bool) -> P
     """Fresh fusion and projectors between the base models."""
     folders = {part: find_checkpoint(name) for part, name in settings.base_models.items()}
     tower = load_tower(folders["vision"], dtype=torch.float32)
-    trunk, trunk_weights = _load_trunk(folders["high_res"])
+    trunk, trunk_weights = load_trunk(folders["high_res"])
     language_config = load_config(folders["language"])
     if getattr(language_config, "is_encoder_decoder", False):
         raise RecipeError(
@@ -400,6 +402,9 @@ def _assemble(settings: ModelSettings, dtype: torch.dtype, quantised: bool) -> P
             language_config=_plain(language_config),
             **chosen,
         )
+        if not settings.keep_towers:
+            towers = ("vision", "high_res") if config.sees_high_res else ("vision",)
+            config.base_models = {part: settings.base_models[part] for part in towers}
         model = MGLlavaModel(config, _load_language(folders["language"], dtype, quantised))
     except FoveateError:
         raise
@@ -424,27 +429,6 @@ def _load_language(folder: Path, dtype: torch.dtype, quantised: bool) -> Any:
 
     extra = {"quantization_config": quantisation()} if quantised else {}
     return load_complete(AutoModelForCausalLM, str(folder), dtype=dtype, **extra)
-
-
-def _load_trunk(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Configuration and weights of a ConvNeXt: a checkpoint of transformers, or one in timm's or open_clip's layout.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    if read_config(folder).get("model_type") == "convnext":
-        from transformers import ConvNextModel
-
-        # The pooled features' norm belongs to a classifier; some checkpoints have none, and we need none (spec 2.7).
-        model = load_complete(ConvNextModel, str(folder), dtype=torch.float32, may_lack=("layernorm.",))
-        weights = {key: value for key, value in model.state_dict().items() if not key.startswith("layernorm.")}
-        return model.config, weights
-    converted = convert_state_dict(read_safetensors(folder))
-    prefix = "high_res_tower.model."
-    trunk = {key: value.float() for key, value in converted.items() if key.startswith(prefix)}
-    if not trunk:
-        raise CheckpointError(f"{folder} holds no ConvNeXt; give one of transformers, timm or open_clip.")
-    return trunk_config(trunk), {key.removeprefix(prefix): value for key, value in trunk.items()}
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -476,6 +460,12 @@ def _continue_from(settings: ModelSettings, dtype: torch.dtype, quantised: bool)
                 f"model.{field} is {wanted!r}, but the checkpoint {name} of model.init_from has "
                 f"{getattr(config, field)!r}"
             )
+    if settings.keep_towers and "keep_towers" in settings.model_fields_set:
+        config.base_models = {}
+    elif not settings.keep_towers and not config.base_models:
+        raise RecipeError(
+            f"model.keep_towers is false, but the checkpoint {name} does not say where its towers are from"
+        )
     try:
         config.check()
     except ValueError as error:

@@ -59,6 +59,9 @@ class LlavaNextSettings(RecipeSection):
     )
     vision_layer: int = Field(-2, description="whose output the visual tokens are, as in LLaVA")
     train_vision: bool = Field(False, description="train the vision tower too")
+    remember_pictures: bool = Field(
+        False, description="keep what the frozen tower sees of each picture in memory, 2 bytes a number"
+    )
     template: str = Field("vicuna", description="of the conversations")
     length: int = Field(640, gt=0, le=100_000, description="most tokens of a conversation, visual ones included")
 
@@ -66,6 +69,8 @@ class LlavaNextSettings(RecipeSection):
     def _known_template(self) -> LlavaNextSettings:
         if self.template not in TEMPLATES:
             raise ValueError(f"template is {self.template!r}; use one of {', '.join(TEMPLATES)}")
+        if self.train_vision and self.remember_pictures:
+            raise ValueError("remember_pictures keeps what a frozen tower sees; turn it or train_vision off")
         return self
 
 
@@ -93,12 +98,23 @@ class PictureConversations(SeededDataset):
     """A sample: `input_ids` with all visual placeholders, `labels` of the answers, and the picture's tensors.
 
     Turns are drawn in an order of their own, as many as fit; the picture stands before the first.
+
+    Args:
+        look: (P, 3, s, s) -> (P, n, w), what the tower sees. With it a sample has these in place of pixels, and each
+            picture is looked at once.
     """
 
     def __init__(
-        self, samples: Conversations, index: Sequence[int], processor: LlavaNextProcessor, settings: LlavaNextSettings
+        self,
+        samples: Conversations,
+        index: Sequence[int],
+        processor: LlavaNextProcessor,
+        settings: LlavaNextSettings,
+        look: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.samples, self.index, self.processor, self.settings = samples, list(index), processor, settings
+        self.look = look
+        self._seen: dict[Path, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -116,11 +132,22 @@ class PictureConversations(SeededDataset):
         sample = self.samples[self.index[index]]
         if sample.video is not None:
             raise RecipeError(f"the sample {sample.sample_id} has a video, which this model does not see")
-        seen = None if sample.image is None else see(load_image(sample.image), self.processor)
+        seen = None if sample.image is None else self._see(sample.image)
         pairs = [(plain_question(asked), answer) for asked, answer, _, _ in turns(sample)]
         random.numpy.shuffle(pairs)
         ids, labels = conversation(pairs, seen, self.processor, self.settings)
         return {"input_ids": ids, "labels": labels, "seen": seen}
+
+    def _see(self, path: Path) -> dict[str, Any]:
+        if self.look is None:
+            return see(load_image(path), self.processor)
+        if path not in self._seen:
+            seen = see(load_image(path), self.processor)
+            features = self.look(seen.pop("pixel_values")).half()
+            if not torch.isfinite(features).all():
+                raise RecipeError("the tower's features are beyond what float16 holds; turn remember_pictures off")
+            self._seen[path] = seen | {"tower_features": features}
+        return self._seen[path]
 
 
 def see(image: Image.Image, processor: Any) -> dict[str, Any]:
@@ -185,14 +212,19 @@ def collate(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
 
 
 def pictures_of(seen: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """pixel_values (V, P, 3, s, s), filled up with zeros, and image_sizes (V, 2); nothing of no pictures."""
+    """image_sizes (V, 2), and of V pictures either pixel_values (V, P, 3, s, s), filled up with zeros, or
+    tower_features (sum of their P, n, w) with tiles (V,), their P; nothing of no pictures."""
     if not seen:
         return {}
+    sizes = {"image_sizes": torch.stack([one["image_size"] for one in seen])}
+    if "tower_features" in seen[0]:
+        features = [one["tower_features"].float() for one in seen]
+        return sizes | {"tower_features": torch.cat(features), "tiles": torch.tensor([len(one) for one in features])}
     most = max(len(one["pixel_values"]) for one in seen)
     pixels = torch.zeros(len(seen), most, *seen[0]["pixel_values"].shape[1:])
     for row, one in zip(pixels, seen, strict=True):
         row[: len(one["pixel_values"])] = one["pixel_values"]
-    return {"pixel_values": pixels, "image_sizes": torch.stack([one["image_size"] for one in seen])}
+    return sizes | {"pixel_values": pixels}
 
 
 # -------------------------------------------------------------------- model
@@ -207,7 +239,31 @@ class LlavaNextTraining(nn.Module):
         model.model.vision_tower.requires_grad_(train_vision)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        if "tower_features" in batch:
+            features, tiles = batch.pop("tower_features"), batch.pop("tiles")
+            batch["inputs_embeds"] = self.embed(batch.pop("input_ids"), features, tiles, batch.pop("image_sizes"))
         return {"loss": self.llava(**batch, use_cache=False).loss}
+
+    def embed(self, input_ids: Tensor, features: Tensor, tiles: Tensor, image_sizes: Tensor) -> Tensor:
+        """What the language model reads where the tower has seen the pictures already: as the model does it itself."""
+        base = self.llava.model
+        projected = base.multi_modal_projector(features).split(tiles.tolist())
+        visual, _ = base.pack_image_features(
+            projected,
+            image_sizes,
+            vision_feature_select_strategy="default",
+            image_newline=base.image_newline,
+        )
+        embeds = self.llava.get_input_embeddings()(input_ids)
+        place = (input_ids == self.llava.config.image_token_id)[..., None].expand_as(embeds)
+        return embeds.masked_scatter(place, torch.cat(list(visual)))
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """(P, 3, s, s) -> (P, n, w), the tower's tokens without the class token."""
+        base = self.llava.model
+        with torch.no_grad():
+            states = base.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        return states[self.llava.config.vision_feature_layer][:, 1:]
 
 
 def build_model(settings: LlavaNextSettings) -> tuple[Any, LlavaNextProcessor]:
@@ -315,7 +371,9 @@ def build(recipe: LlavaNextRecipe) -> TrainingTask:
     model, processor = build_model(recipe.model)
     samples, index = open_samples(recipe.data, recipe.seed)
     index = present_samples(samples, index, recipe.data.skip_bad)
-    dataset = PictureConversations(samples, index, processor, recipe.model)
+    training = LlavaNextTraining(model, train_vision=recipe.model.train_vision)
+    look = training.look if recipe.model.remember_pictures else None
+    dataset = PictureConversations(samples, index, processor, recipe.model, look)
 
     def save(folder: Path) -> None:
         model.half().save_pretrained(folder)
@@ -323,7 +381,7 @@ def build(recipe: LlavaNextRecipe) -> TrainingTask:
 
     tokenizer: Any = processor.tokenizer
     return TrainingTask(
-        model=LlavaNextTraining(model, train_vision=recipe.model.train_vision),
+        model=training,
         train_dataset=dataset,
         collate=collate(tokenizer.pad_token_id),
         save=save,
