@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, Device, DType
+from foveate.cli.options import Debug, DType
 from foveate.errors import InputError
 
 _PACKAGES = {
@@ -67,7 +67,10 @@ def serve(
     upload_timeout: Annotated[
         float, typer.Option("--upload-timeout", help="Seconds in which a request must have arrived.")
     ] = 30.0,
-    device: Device = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="cpu, cuda, cuda:1, mps; may be repeated: each has a process with all models."),
+    ] = None,
     dtype: DType = None,
     debug: Debug = False,
 ) -> None:
@@ -84,7 +87,7 @@ def serve(
         Settings(
             models=_by_verb(model, "--model"),
             proposers=_by_verb(proposer, "--proposer"),
-            device=device,
+            devices=tuple(device or ()),
             dtype=dtype,
             host=host,
             port=port,

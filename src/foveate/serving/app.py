@@ -21,6 +21,8 @@ from foveate import __version__
 
 from .engine import Engine, Ticket
 from .errors import ApiError, bad_request
+from .guards import Guard
+from .metrics import CONTENT_TYPE, Metrics
 from .requests import chat_spec, describe_spec, read_json, read_picture_request
 from .samples import samples
 from .schemas import (
@@ -62,7 +64,8 @@ def create_app(settings: Settings) -> FastAPI:
         InputError: a model does not exist.
         CheckpointError: its folder holds none.
     """
-    engine = Engine(settings)
+    metrics = Metrics()
+    engine = Engine(settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,12 +83,12 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # whose page loads scripts from other hosts
         redoc_url=None,
     )
-    app.state.engine = engine
-    app.state.settings = settings
     _add_routes(app, engine, settings)
     _add_error_handlers(app)
     page = resources.files("foveate.serving").joinpath("page")
     app.mount("/", StaticFiles(directory=str(page), html=True), name="page")
+    routes = frozenset(getattr(route, "path", "") for route in app.routes)
+    app.add_middleware(Guard, settings=settings, metrics=metrics, routes=routes)
     return app
 
 
@@ -95,7 +98,8 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
         ticket = engine.submit("describe", describe_spec(body, settings), picture, client_of(request))
         number = f"{name}-{uuid.uuid4().hex}"
         if body.stream:
-            return _event_stream(_region_events(ticket, number, model))
+            first = await _first(request, ticket)
+            return _event_stream(_region_events(ticket, first[1], number, model))
         out: dict[str, Any] = {"id": number, "object": "regions", "model": model}
         async with _cancelled_on_disconnect(request, ticket):
             regions = []
@@ -148,12 +152,13 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
+            await _first(request, ticket)
             return _event_stream(_chat_events(ticket, head, usage))
         async with _cancelled_on_disconnect(request, ticket):
             async for event, data in ticket.events():
                 if event == "done":
                     return JSONResponse(_completion(head, data))
-        raise AssertionError("a ticket ends with done")
+        raise AssertionError("the last event is done")
 
     @app.get("/v1/models", response_model=ModelList, responses=_ERRORS, tags=["server"])
     async def models() -> Response:
@@ -202,6 +207,11 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
         engine.check_ready()
         return {"status": "ready"}
 
+    @app.get("/metrics", response_class=Response, responses={401: _ERRORS[401]}, tags=["server"])
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(engine.metrics.render(), media_type=CONTENT_TYPE)
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         page = resources.files("foveate.serving").joinpath("page", "docs.html")
@@ -231,16 +241,29 @@ def client_of(request: Request) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+async def _first(request: Request, ticket: Ticket) -> tuple[str, Any]:
+    """The first event of a stream, so that what is wrong with the request is still an answer with a status."""
+    watcher = asyncio.create_task(_watch(request, ticket))
+    try:
+        return await ticket.next()
+    except BaseException:
+        ticket.cancel()
+        raise
+    finally:
+        watcher.cancel()
+
+
+async def _watch(request: Request, ticket: Ticket) -> None:
+    """Gives a job up when its client goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    ticket.cancel()
+
+
 @asynccontextmanager
 async def _cancelled_on_disconnect(request: Request, ticket: Ticket) -> AsyncIterator[None]:
     """Within the block, a client that goes away ends its work."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        ticket.cancel()
-
-    watcher = asyncio.create_task(watch())
+    watcher = asyncio.create_task(_watch(request, ticket))
     try:
         yield
     finally:
@@ -257,10 +280,11 @@ def _event(name: str | None, data: Any) -> str:
     return f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n"
 
 
-async def _region_events(ticket: Ticket, number: str, model: str) -> AsyncIterator[str]:
+async def _region_events(ticket: Ticket, start: dict[str, Any], number: str, model: str) -> AsyncIterator[str]:
     try:
+        yield _event("start", {"id": number, "model": model, **start})
         async for event, data in ticket.events():
-            yield _event(event, {"id": number, "model": model, **data} if event == "start" else data)
+            yield _event(event, data)
     except ApiError as error:
         yield _event("error", error.to_dict())
     finally:
@@ -275,10 +299,9 @@ async def _chat_events(ticket: Ticket, head: dict[str, Any], usage: bool) -> Asy
         return _event(None, {**head, "choices": [choice], **({"usage": None} if usage else {}), **more})
 
     try:
+        yield chunk({"role": "assistant", "content": ""})
         async for event, data in ticket.events():
-            if event == "start":
-                yield chunk({"role": "assistant", "content": ""})
-            elif event == "piece":
+            if event == "piece":
                 yield chunk({"content": data["text"]})
             else:
                 yield chunk({}, data["finish"], foveate=data["foveate"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,10 @@ class ApiError(Exception):
         """The body of the answer."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def to_json(self) -> bytes:
+        """The body of the answer, encoded."""
+        return json.dumps(self.to_dict()).encode()
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_input") -> ApiError:

@@ -53,9 +53,8 @@ class Job:
 class _Group:
     """Questions that are answered together."""
 
-    names: list[str]
     steps: Iterator[None]
-    answers: dict[str, dict[str, Any]]
+    answers: dict[str, dict[str, Any]]  # once there are no more steps
 
 
 class Models:
@@ -115,19 +114,13 @@ class Models:
         """
         if verb in self._predictors:
             return
-        from foveate.checkpoints import shipped_models
         from foveate.methods import load
+        from foveate.vision.box_pipeline import load_box_pipeline
 
         name, proposer = self.names[verb], self.proposers.get(verb)
         options: dict[str, Any] = {}
-        if verb == "ask":
-            detector = proposer or ("proposer-world" if name in shipped_models() else None)
-            if detector is not None and detector != "none":
-                from foveate.vision.box_pipeline import load_box_pipeline
-
-                options["proposer"] = load_box_pipeline(detector, device=self.device)
-        elif proposer is not None:
-            options["proposer"] = proposer
+        if proposer is not None:
+            options["proposer"] = load_box_pipeline(proposer, device=self.device) if verb == "ask" else proposer
         predictor = load(name, device=self.device, dtype=self.dtype, **options)
         wanted, verb_says = (
             ("propose", "describes regions") if verb == "describe" else ("conversation", "answers questions")
@@ -139,12 +132,14 @@ class Models:
     # ---------------------------------------------------------------- describing
 
     def propose(self, name: str) -> int:
-        """Finds the regions of a job of "everything"; how many there are.
+        """Finds the regions of a job of "everything"; how many there are, none of a job that was closed meanwhile.
 
         Raises:
             InputError: the model has no proposer, or an option is wrong.
         """
-        job = self._jobs[name]
+        job = self._jobs.get(name)
+        if job is None:
+            return 0
         assert job.image is not None
         limits = {key: job.spec[key] for key in ("max_regions", "min_score", "box_iou")}
         found = self._predictors["describe"].propose(job.image, **limits)
@@ -155,12 +150,18 @@ class Models:
         """Describes rows [start, stop) of jobs that want the same of their regions, together.
 
         Returns:
-            job -> its regions as JSON has them; of proposals without those whose caption is said already.
+            job -> its regions as JSON has them; of proposals without those whose caption is said already. Jobs that
+            were closed meanwhile are not among them.
 
         Raises:
             FoveateError: what is wanted is wrong, or the model gives numbers that are not finite.
         """
-        jobs = [self._jobs[name] for name, _, _ in slices]
+        found: dict[str, list[dict[str, Any]]] = {}
+        at_hand = [(self._jobs.get(name), name, start, stop) for name, start, stop in slices]
+        slices = [(name, start, stop) for job, name, start, stop in at_hand if job is not None]
+        jobs = [job for job, *_ in at_hand if job is not None]
+        if not jobs:
+            return found
         spec = jobs[0].spec
         boxes = [
             job.boxes[start:stop] for job, (_, start, stop) in zip(jobs, slices, strict=True) if job.boxes is not None
@@ -175,7 +176,6 @@ class Models:
             num_beams=spec["num_beams"],
             batch_size=max(1, sum(map(len, boxes))),
         )
-        found: dict[str, list[dict[str, Any]]] = {}
         for (name, start, _), job, regions in zip(slices, jobs, described, strict=True):
             rows = range(start, start + len(regions))
             kept = found.setdefault(name, [])
@@ -194,7 +194,12 @@ class Models:
         from foveate.language.chat import reply_in_steps
 
         predictor = self._predictors["ask"]
-        jobs = [self._jobs[name] for name in names]
+        at_hand = [(name, self._jobs.get(name)) for name in names]
+        names = [name for name, job in at_hand if job is not None]
+        jobs = [job for _, job in at_hand if job is not None]
+        if not jobs:
+            self._groups[group] = _Group(iter(()), {})
+            return
         spec = jobs[0].spec
         generation = dict(spec["generation"])
         model = getattr(predictor, "model", None)
@@ -219,10 +224,9 @@ class Models:
 
         def run() -> Iterator[None]:
             replies = yield from steps
-            for name, job, reply in zip(names, jobs, replies, strict=True):
-                answers[name] = _answer(job, reply)
+            answers.update((name, _answer(job, reply)) for name, job, reply in zip(names, jobs, replies, strict=True))
 
-        self._groups[group] = _Group(list(names), run(), answers)
+        self._groups[group] = _Group(run(), answers)
 
     def step(self, group: str, tokens: int) -> dict[str, dict[str, Any]] | None:
         """Says up to so many tokens more of each answer of a group.
@@ -230,19 +234,14 @@ class Models:
         Returns:
             job -> its answer once all are complete; None before.
         """
-        own = self._groups[group]
-        try:
-            for _ in range(tokens):
-                next(own.steps, None)
-                if own.answers:
-                    break
-        except BaseException:
-            del self._groups[group]
-            raise
-        if not own.answers:
-            return None
-        del self._groups[group]
-        return own.answers
+        own = self._groups.pop(group)
+        for _ in range(tokens):
+            try:
+                next(own.steps)
+            except StopIteration:
+                return own.answers
+        self._groups[group] = own
+        return None
 
 
 def _boxes(image: Image.Image, boxes: Any, masks: Any) -> np.ndarray:

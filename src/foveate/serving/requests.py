@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from .errors import ApiError, bad_request
 from .schemas import Body, ChatRequest, DescribeBody, EverythingBody, ImagePart, RegionsBody
@@ -56,12 +55,11 @@ async def read_picture_request(request: Request, schema: type[B]) -> tuple[B, by
     fields, picture = {}, None
     try:
         form = await request.form(max_files=1, max_fields=_FIELDS_OF_A_FORM, max_part_size=2**23)
-    except (MultiPartException, UnicodeDecodeError, KeyError, ValueError) as error:
-        raise bad_request(f"the multipart body cannot be read ({_first_line(error)}); send it anew.") from None
-    except Exception as error:  # starlette turns what its parser says into an HTTPException
-        raise bad_request(
-            f"the multipart body cannot be read ({_first_line(getattr(error, 'detail', error))}); send it anew."
-        ) from None
+    except (ApiError, ClientDisconnect):
+        raise
+    except Exception as error:  # the parser raises many types, and starlette an HTTPException of some
+        reason = _first_line(getattr(error, "detail", error))
+        raise bad_request(f"the multipart body cannot be read ({reason}); send it anew.") from None
     try:
         for name, value in form.multi_items():
             if name in fields or (name == "image" and picture is not None):

@@ -22,7 +22,8 @@ class Settings:
     Attributes:
         models: verb -> name or folder of its model, for those that are not `VERBS`' own.
         proposers: verb -> what finds the regions of "describe" or the objects of "ask"; else the model's own.
-        device, dtype: of all models, as `foveate.load` takes them.
+        devices: each with a worker process that has its own copy of the models; () for the best one there is.
+        dtype: of all models, as `foveate.load` takes it.
         host, port: where the server listens.
         tokens: bearer tokens, one of which every request of the API must bring; empty for none.
         insecure: whether an address that others reach may go without tokens.
@@ -33,6 +34,8 @@ class Settings:
         max_new_tokens: most tokens of an answer.
         max_view_regions: most regions of a request whose views are wanted as pictures.
         max_queue: most requests that wait or run; another gets 429.
+        max_queue_regions: most regions that wait or run; a request with which they would be more gets 429, unless
+            nothing waits.
         batch_size: regions that run together; 1 for no batching.
         batch_questions: questions that run together.
         batch_delay: seconds that an idle model waits for others to join a request.
@@ -42,7 +45,7 @@ class Settings:
 
     models: Mapping[str, str] = field(default_factory=dict)
     proposers: Mapping[str, str] = field(default_factory=dict)
-    device: str | None = None
+    devices: tuple[str, ...] = ()
     dtype: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -55,6 +58,7 @@ class Settings:
     max_new_tokens: int = 1024
     max_view_regions: int = 100
     max_queue: int = 128
+    max_queue_regions: int = 20_000
     batch_size: int = 64
     batch_questions: int = 8
     batch_delay: float = 0.005
@@ -74,6 +78,7 @@ class Settings:
             "max_new_tokens",
             "max_view_regions",
             "max_queue",
+            "max_queue_regions",
             "batch_size",
             "batch_questions",
         ):
