@@ -89,6 +89,22 @@ class Served:
 
 
 @pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Starts a server with arguments and a token; it ends with the block."""
+
+    @contextlib.contextmanager
+    def start(arguments: list[str], token: str | None = None) -> Iterator[Served]:
+        served = Served(arguments, tmp_path_factory.mktemp("server") / "log.txt", token)
+        try:
+            served.wait_until_ready()
+            yield served
+        finally:
+            assert served.stop() == 0, served.log.read_text()
+
+    return start
+
+
+@pytest.fixture(scope="session")
 def asker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole MG-LLaVA with random weights."""
     from foveate.methods.mg_llava.processing import MGLlavaProcessor

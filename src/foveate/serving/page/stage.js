@@ -17,6 +17,7 @@ export class Stage {
     this.image = $("picture");
     this.layer = $("boxes");
     this.marks = $("marks");
+    this.names = $("names");
     this.boxes = new Map();
     this.chosen = null;
     this.gesture = null;
@@ -300,6 +301,7 @@ export class Stage {
   #draw() {
     const [width, height] = this.size;
     this.marks.replaceChildren();
+    this.names.replaceChildren();
     if (!width) return;
     const whole = `M0 0H${width}V${height}H0Z`;
     const hole = ([x0, y0, x1, y1]) => `M${x0} ${y0}V${y1}H${x1}V${y0}Z`;
@@ -315,7 +317,13 @@ export class Stage {
         this.marks.append(makeSvg("path", { class: "veil strong", d: veil, "fill-rule": "evenodd" }));
         this.marks.append(makeSvg("path", { class: "cell", d: cells.map(hole).join("") }));
       }
-      for (const box of this.looked.boxes) this.marks.append(makeSvg("path", { class: "object", d: hole(box) }));
+      for (const [index, box] of this.looked.boxes.entries()) {
+        this.marks.append(makeSvg("path", { class: "object", d: hole(box) }));
+        const word = this.looked.labels[index];
+        if (!word) continue;
+        const vars = { left: `${(100 * box[0]) / width}%`, top: `${(100 * box[1]) / height}%` };
+        this.names.append(make("span", { class: box[1] < height / 16 ? "object-name within" : "object-name", vars }, word));
+      }
       return;
     }
     const active = this.views.find((view) => view.active);
