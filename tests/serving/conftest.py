@@ -107,6 +107,12 @@ def asker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def start() -> type[Served]:
+    """Starts a server with arguments of `foveate serve`; it is to be stopped by who starts it."""
+    return Served
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, asker: Path) -> Iterator[Served]:
     """With both verbs, two tokens and narrow limits. Leave it as it was."""
     folder = tmp_path_factory.mktemp("server")

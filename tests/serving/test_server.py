@@ -43,7 +43,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"].endswith(".")
+    assert error["message"].strip()
     assert "\n" not in error["message"]
     return error
 
@@ -124,7 +124,7 @@ def test_a_stream_gives_the_regions_of_the_plain_answer_one_by_one(server: Any, 
 
 def test_everything_finds_what_is_there(server: Any, scenes: Scenes) -> None:
     scene = scenes[0]
-    wanted = {"image": scene["image"], "max_regions": 12, "tasks": ["caption", "category"]}
+    wanted = {"image": scene["image"], "max_regions": 8, "tasks": ["caption", "category"], "num_beams": 1}
     plain = server.client.post("/v1/everything", json=wanted).json()
     scores = [region["score"] for region in plain["regions"]]
     assert scores == sorted(scores, reverse=True)
@@ -508,7 +508,7 @@ def test_pictures_are_bounded(server: Any) -> None:
     response = server.client.post("/v1/regions", json={"image": large})
     assert response.status_code == 400
     assert "1080000 pixels" in error_of(response)["message"]
-    response = server.client.post("/v1/regions", files={"image": ("a.png", png(40, 30)[:-20])})
+    response = server.client.post("/v1/regions", files={"image": ("a.png", png(40, 30)[:60])})
     assert response.status_code == 400
     assert "truncated or corrupt" in error_of(response)["message"]
 
@@ -548,19 +548,17 @@ def test_another_content_type_is_refused(server: Any) -> None:
 
 def test_an_upload_of_200_megabytes_is_not_taken(server: Any) -> None:
     memory = server.metric("process_resident_memory_bytes")
-    sent = 0
-
-    def chunks() -> Iterator[bytes]:
-        nonlocal sent
-        for _ in range(200):
-            sent += 2**20
-            yield bytes(2**20)
-
-    for headers in ({"Content-Length": str(200 * 2**20)}, {}):  # said beforehand, and not
-        headers = {**headers, "Content-Type": "application/json"}
-        response = server.client.post("/v1/regions", content=chunks(), headers=headers)
-        assert response.status_code == 413
-        assert error_of(response)["code"] == "too_large"
+    headers = {"Content-Type": "application/json", "Content-Length": str(200 * 2**20)}
+    said = server.client.build_request("POST", "/v1/regions", headers=headers)
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 0)) as raw:  # that sends nothing but what it would send
+        lines = "".join(f"{name}: {value}\r\n" for name, value in said.headers.items())
+        raw.sendall(f"POST /v1/regions HTTP/1.1\r\n{lines}\r\n".encode())
+        assert b" 413 " in raw.recv(65536).splitlines()[0]
+    chunks = (bytes(2**20) for _ in range(200))
+    response = server.client.post("/v1/regions", content=chunks, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "too_large"
     assert server.metric("process_resident_memory_bytes") - memory < 50 * 2**20
     assert server.client.get("/healthz").status_code == 200
 
@@ -572,19 +570,16 @@ def test_who_sends_too_slowly_is_cut_off(server: Any, part: str) -> None:
     head += f"Authorization: {server.client.headers['authorization']}\r\n"
     with socket.create_connection((url.host, url.port or 0), timeout=120) as raw:
         raw.sendall({"nothing": "", "head": head, "body": head + '\r\n{"image": '}[part].encode())
-        answer = raw.recv(65536)
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))  # until it is closed from there
         if part != "nothing":
             assert b" 408 " in answer.splitlines()[0]
             assert b'"slow"' in answer
-        raw.settimeout(120)
-        while raw.recv(65536):
-            pass  # until it is closed from there
 
 
 def test_what_is_no_http_gets_an_error_in_json(server: Any) -> None:
     url = httpx.URL(server.url)
     with socket.create_connection((url.host, url.port or 0)) as raw:
-        raw.sendall(b"GET / HTTP/9.9\r\n\r\n")
+        raw.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         answer = b"".join(iter(lambda: raw.recv(65536), b""))
     assert b" 400 " in answer.splitlines()[0]
     assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == "invalid_http"

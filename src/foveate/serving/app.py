@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
@@ -341,19 +342,27 @@ def error_response(error: ApiError) -> Response:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
+    methods = {route.path: ", ".join(sorted(route.methods)) for route in app.routes if isinstance(route, APIRoute)}
+
     async def api_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         return error_response(error)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        status, allowed = error.status_code, methods.get(request.url.path)
+        if (
+            status == 404 and allowed
+        ):  # a route of the API that was asked for in another way, and is no file of the page
+            status = 405
+            error.headers = {"Allow": allowed}
         said = {
             404: ApiError(404, f"there is nothing at {request.url.path[:200]!r}; see /docs.", "not_found"),
             405: ApiError(
                 405, f"{request.method[:20]} does not go with {request.url.path[:200]!r}; see /docs.", "method"
             ),
         }
-        known = said.get(error.status_code, ApiError(error.status_code, str(error.detail)))
+        known = said.get(status, ApiError(status, str(error.detail)))
         known.headers |= dict(error.headers or {})
         return error_response(known)
 
