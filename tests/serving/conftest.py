@@ -123,6 +123,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, asker: Path) -> Iterator[Se
         "--token-file": str(tokens),
         "--max-queue": "8",
         "--batch-size": "8",
+        "--batch-delay": "100",
         "--max-megabytes": "2",
         "--max-megapixels": "1",
         "--upload-timeout": "4",
