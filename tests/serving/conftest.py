@@ -123,6 +123,12 @@ def asker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def start() -> type[Served]:
+    """Starts a server with arguments of `foveate serve`; it is to be stopped by who starts it."""
+    return Served
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, asker: Path) -> Iterator[Served]:
     """With both verbs, two tokens and narrow limits. Leave it as it was."""
     folder = tmp_path_factory.mktemp("server")
@@ -133,6 +139,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, asker: Path) -> Iterator[Se
         "--token-file": str(tokens),
         "--max-queue": "8",
         "--batch-size": "8",
+        "--batch-delay": "100",
         "--max-megabytes": "2",
         "--max-megapixels": "1",
         "--upload-timeout": "4",

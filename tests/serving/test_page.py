@@ -187,7 +187,7 @@ def test_a_drawn_box_is_described_and_shows_what_was_looked_at(open_page: Any, s
     region = described(page)
     expecting(region.locator(".caption")).to_contain_text("pizza")
     expecting(page.locator("#boxes .label .full")).to_contain_text("pizza")
-    expecting(page.get_by_role("status")).to_contain_text(re.compile(r"Box 1: .*pizza.*\d+ ms"))
+    expecting(page.get_by_role("status")).to_contain_text(re.compile(r"Box 1: .*pizza.*\d+\sms"))
 
     views = region.get_by_role("button", name=re.compile("^View "))
     assert views.count() >= 2
@@ -341,7 +341,7 @@ def test_answers_stream_and_budgets_are_measured(open_page: Any) -> None:
     expecting(first).to_contain_text("all")
     expecting(second).to_contain_text("7 of 36")
     for row in (first, second):
-        expecting(row.locator(".value")).to_have_text(re.compile(r"^\d+ ms$"))
+        expecting(row.locator(".value")).to_have_text(re.compile(r"^\d+\sms$"))
     expecting(page.locator("#marks .veil.strong")).to_have_count(1)
     page.screenshot(path=ARTEFACTS / "ask-1280-light.png")
     first.get_by_role("button").click()

@@ -157,13 +157,13 @@ class ChatPredictor(ABC):
         for asked, answer in turns:
             ids += self._prompt(asked, None if said else kind, said)
             text = TextStream(tokenizer)
-            for token in tokenizer.encode(answer, add_special_tokens=False):
+            for token in tokenizer.encode(refuse_placeholders(answer), add_special_tokens=False):
                 text.push(token)
             text.close()
             ids += [*text.ids, *self._after(text)]
             said.append((asked, self._finished(text, None, 0.0)))
         if said:
-            _refuse_placeholders(question)
+            refuse_placeholders(question)
         return ids + self._prompt(question, None if said else kind, said)
 
     # ---------------------------------------------------------------- what follows from it
@@ -354,10 +354,16 @@ def reply_in_steps(
     ]
 
 
-def _refuse_placeholders(question: Any) -> None:
+def refuse_placeholders(question: Any) -> Any:
+    """A question that is not the first of a conversation, as it is.
+
+    Raises:
+        InputError: it has a placeholder.
+    """
     for placeholder in PLACEHOLDERS:
         if isinstance(question, str) and placeholder in question:
             raise InputError(f"{placeholder} may stand in the first question only; start another conversation.")
+    return question
 
 
 def _key(source: Any, boxes: Any) -> Any:
@@ -408,7 +414,7 @@ class Conversation:
             try:
                 first = not self.turns
                 if not first:
-                    _refuse_placeholders(question)
+                    refuse_placeholders(question)
                 kind = self.seen.kind if self.seen is not None and first else None
                 prompt = self.predictor._prompt(question, kind, self.turns)
                 yield from self._run(question, prompt, first, sampling, stops)

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
@@ -221,8 +222,8 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             known = schema["components"]["schemas"]
-            for body in (RegionsRequest, RegionsBody, EverythingRequest, EverythingBody, ChatRequest):
-                own = body.model_json_schema(ref_template="#/components/schemas/{model}")
+            for body in (RegionsRequest, EverythingRequest, ChatRequest):
+                own = _own_schema(body)
                 known |= own.pop("$defs", {})
                 known[body.__name__] = own
             app.openapi_schema = schema
@@ -341,19 +342,25 @@ def error_response(error: ApiError) -> Response:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
+    methods = {route.path: ", ".join(sorted(route.methods)) for route in app.routes if isinstance(route, APIRoute)}
+
     async def api_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         return error_response(error)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        status, allowed = error.status_code, methods.get(request.url.path)
+        if status == 404 and allowed:  # what a route does not take, the page was looked through for
+            status = 405
+            error.headers = {"Allow": allowed}
         said = {
             404: ApiError(404, f"there is nothing at {request.url.path[:200]!r}; see /docs.", "not_found"),
             405: ApiError(
                 405, f"{request.method[:20]} does not go with {request.url.path[:200]!r}; see /docs.", "method"
             ),
         }
-        known = said.get(error.status_code, ApiError(error.status_code, str(error.detail)))
+        known = said.get(status, ApiError(status, str(error.detail)))
         known.headers |= dict(error.headers or {})
         return error_response(known)
 
@@ -370,11 +377,18 @@ def _json_body(schema: type[Any]) -> dict[str, Any]:
 
 
 def _picture_body(in_json: type[Any], form: type[Any]) -> dict[str, Any]:
-    image = {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}, "required": ["image"]}
-    multipart = {"schema": {"allOf": [image, _ref(form)["schema"]]}}
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": _ref(in_json), "multipart/form-data": multipart},
-        }
-    }
+    content = {"application/json": _ref(in_json), "multipart/form-data": {"schema": _form(form)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _form(body: type[Any]) -> dict[str, Any]:
+    """A body as a form, whose picture is a file and whose other fields are JSON texts."""
+    schema = _own_schema(body)
+    schema.pop("$defs", None)
+    image = {"type": "string", "format": "binary", "description": "the picture's file"}
+    properties = {"image": image, **schema["properties"]}
+    return {**schema, "properties": properties, "required": ["image", *schema.get("required", ())]}
+
+
+def _own_schema(body: type[Any]) -> dict[str, Any]:
+    return body.model_json_schema(ref_template="#/components/schemas/{model}")

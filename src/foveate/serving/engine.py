@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,7 @@ GROUPS_AT_ONCE = 4
 """Of questions that are being answered: each holds a cache of keys and values."""
 TURNS_OF_A_BATCH = 4
 """A job takes at most a quarter of a batch at a turn, so that the regions of several are in it."""
+_DELAYS_FOR_PICTURES = 10
 _OPEN_JOBS = 128
 _OPEN_PIXELS = 128_000_000
 _SECONDS_OF_LOADING = 1800.0
@@ -448,19 +449,25 @@ class Lane:
             job.state = "ready"
             if job.verb == "describe":
                 self._start_regions(job, message["rows"])
-            else:
-                job.events.put_nowait(("start", {}))
         self._open_more()
         self._wake.set()
 
     def _start_regions(self, job: Job, rows: int) -> None:
         job.state = "ready"
         job.rows = job.units = rows
-        job.events.put_nowait(("start", {"width": job.size[0], "height": job.size[1], "total": rows}))
-        self._end_if_described(job)
+        if not rows:
+            self._describe_next(job, 0, [])
 
-    def _end_if_described(self, job: Job) -> None:
-        if not job.over and job.done >= job.rows:
+    def _describe_next(self, job: Job, units: int, regions: list[dict[str, Any]]) -> None:
+        """Gives out what was said of the next regions of a job. Before the first an error is an answer of its own, so
+        that the start is said only now."""
+        if not job.done:
+            job.events.put_nowait(("start", {"width": job.size[0], "height": job.size[1], "total": job.rows}))
+        for region in regions:
+            job.events.put_nowait(("region", region))
+        job.done += units
+        job.count += len(regions)
+        if job.done >= job.rows:
             self._end(job, ("done", {"regions": job.count, "milliseconds": job.milliseconds()}))
 
     # ---------------------------------------------------------------- work
@@ -502,6 +509,17 @@ class Lane:
         """The jobs that can run with a job, itself among them."""
         return [job for job in self.jobs.values() if job.state == "ready" and job.batch == leader.batch]
 
+    async def _gather(self, enough: Callable[[], bool]) -> None:
+        """Waits for others that are on their way, and some more for those whose pictures are being read."""
+        delay = self.settings.batch_delay
+        if not delay or enough():
+            return
+        await asyncio.sleep(delay)
+        for _ in range(_DELAYS_FOR_PICTURES):
+            if enough() or all(job.state != "opening" for job in self.jobs.values()):
+                return
+            await asyncio.sleep(delay)
+
     async def _load(self, worker: WorkerProcess, verb: str) -> None:
         self.loading = True
         try:
@@ -531,8 +549,7 @@ class Lane:
 
     async def _describe(self, worker: WorkerProcess, leader: Job) -> None:
         size = self.settings.batch_size
-        if sum(job.rows - job.done for job in self._together(leader)) < size and self.settings.batch_delay:
-            await asyncio.sleep(self.settings.batch_delay)  # for others that are on their way
+        await self._gather(lambda: sum(job.rows - job.done for job in self._together(leader)) >= size)
         batch = self.turns.fill(
             self._together(leader),
             lambda job: job.rows - job.done,
@@ -555,13 +572,8 @@ class Lane:
         self.unit_seconds += 0.2 * ((time.perf_counter() - started) / count - self.unit_seconds)
         self.engine.metrics.regions.inc(count)
         for job, units in batch:
-            if job.over:
-                continue
-            for region in found[job.name]:
-                job.events.put_nowait(("region", region))
-            job.done += units
-            job.count += len(found[job.name])
-            self._end_if_described(job)
+            if not job.over:
+                self._describe_next(job, units, found[job.name])
         self.engine.count_jobs()
 
     async def _find_fault(self, worker: WorkerProcess, batch: list[tuple[Job, int]], error: CallFailed) -> None:
@@ -574,8 +586,7 @@ class Lane:
                 await self._describe_batch(worker, [(job, units)])
 
     async def _ask(self, worker: WorkerProcess, leader: Job) -> None:
-        if len(self._together(leader)) < self.settings.batch_questions and self.settings.batch_delay:
-            await asyncio.sleep(self.settings.batch_delay)
+        await self._gather(lambda: len(self._together(leader)) >= self.settings.batch_questions)
         chosen = self.turns.fill(self._together(leader), lambda _: 1, self.settings.batch_questions, 1, 0.0)
         await self._ask_together(worker, [job for job, _ in chosen])
 
@@ -598,6 +609,7 @@ class Lane:
         for job in jobs:
             if not job.over:
                 job.state = "said"
+                job.events.put_nowait(("start", {}))
 
     async def _step(self, worker: WorkerProcess, group: _Group) -> None:
         left = [job for job in group.jobs if not job.over]

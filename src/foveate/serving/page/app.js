@@ -24,8 +24,8 @@ const page = {
   answered(verb) {
     if (models[verb]) models[verb].loaded = true;
   },
-  copied(done, what) {
-    if (done) page.say(`${what} are copied.`.replace(/^(Box \d+|The conversation) are/, "$1 is"));
+  copied(done, said) {
+    if (done) page.say(said);
     else fail(new ApiError("The browser does not let this page copy; use the API instead.", { status: 400 }));
   },
 };
@@ -57,7 +57,11 @@ async function open(blob, name, sample = null) {
   closeToast();
   if (limits.max_request_bytes && blob.size > limits.max_request_bytes) {
     const [has, most] = [blob.size, limits.max_request_bytes].map((bytes) => (bytes / 2 ** 20).toFixed(1));
-    fail(new ApiError(`${name} has ${has} MiB, more than the ${most} MiB that this server takes; give a smaller file.`, { status: 413 }));
+    fail(
+      new ApiError(`${name} has ${has} MiB, more than the ${most} MiB that this server takes; give a smaller file.`, {
+        status: 413,
+      }),
+    );
     return;
   }
   const dataUrl = await dataUrlOf(blob);
@@ -75,7 +79,10 @@ async function open(blob, name, sample = null) {
     const refusal = models.describe ? await refusalOf(blob) : null;
     if (number !== opening) return;
     page.say("");
-    fail(refusal ?? new ApiError(`${name} cannot be shown by this browser; save it as PNG, JPEG or WebP.`, { status: 400 }));
+    fail(
+      refusal ??
+        new ApiError(`${name} cannot be shown by this browser; save it as PNG, JPEG or WebP.`, { status: 400 }),
+    );
     return;
   }
   await stage.show(dataUrl, name);
@@ -110,7 +117,11 @@ function dataUrlOf(blob) {
 
 const openFile = (file) =>
   open(file, file.name || "pasted picture").catch((error) => {
-    fail(new ApiError(`${file.name || "The picture"} cannot be read (${error.message}); choose it again.`, { status: 400 }));
+    fail(
+      new ApiError(`${file.name || "The picture"} cannot be read (${error.message}); choose it again.`, {
+        status: 400,
+      }),
+    );
   });
 
 $("open").addEventListener("click", () => $("file").click());
@@ -149,7 +160,14 @@ async function showSamples() {
       const click = () => open(blobOf(sample.image), sample.name, sample);
       return make(
         "button",
-        { type: "button", class: "sample", "data-name": sample.name, "aria-pressed": "false", "aria-label": sample.name, on: { click } },
+        {
+          type: "button",
+          class: "sample",
+          "data-name": sample.name,
+          "aria-pressed": "false",
+          "aria-label": sample.name,
+          on: { click },
+        },
         make("img", { src: sample.image, alt: "" }),
       );
     }),
@@ -159,7 +177,9 @@ async function showSamples() {
 /** The file in a data: URL, which the page's policy forbids to fetch. */
 function blobOf(url) {
   const [head, data] = url.split(",", 2);
-  return new Blob([Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0))], { type: head.slice(5).split(";")[0] });
+  return new Blob([Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0))], {
+    type: head.slice(5).split(";")[0],
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -258,13 +278,13 @@ onTokenWanted(
   (why) =>
     new Promise((resolve) => {
       const dialog = $("token-dialog");
+      $("token-change").hidden = false;
       $("token-why").textContent = why;
       $("token").value = "";
       dialog.returnValue = "";
       dialog.showModal();
       $("token-form").onsubmit = () => {
         token.set($("token").value.trim());
-        $("token-change").hidden = false;
         resolve(true);
       };
       dialog.onclose = () => resolve(null); // without effect after a submit

@@ -1,7 +1,7 @@
 // Questions about the picture: streamed answers, what they were made of, and budgets of tokens against time.
 
 import { chatPieces } from "./api.js";
-import { $, copyText, duration, make, plural } from "./dom.js";
+import { $, copyText, duration, make, percent, plural } from "./dom.js";
 
 const LOOKING = ["boxes", "pictures", "towers"];
 
@@ -35,7 +35,9 @@ export class Ask {
       this.clear();
       $("question").focus();
     });
-    $("copy-talk").addEventListener("click", async () => page.copied(await copyText(this.json()), "The conversation"));
+    $("copy-talk").addEventListener("click", async () =>
+      page.copied(await copyText(this.json()), "The conversation is copied."),
+    );
     this.#sayKeep();
   }
 
@@ -43,9 +45,13 @@ export class Ask {
     this.clear();
     this.picture = picture;
     this.#refresh();
-    $("talk-hint").textContent = picture.questions.length ? "For instance:" : "In a few words, as you would ask a person.";
+    $("talk-hint").textContent = picture.questions.length
+      ? "For instance:"
+      : "In a few words, as you would ask a person.";
     $("ideas").replaceChildren(
-      ...picture.questions.map((text) => make("button", { type: "button", class: "idea", on: { click: () => this.ask(text) } }, text)),
+      ...picture.questions.map((text) =>
+        make("button", { type: "button", class: "idea", on: { click: () => this.ask(text) } }, text),
+      ),
     );
   }
 
@@ -99,7 +105,7 @@ export class Ask {
   }
 
   #sayKeep() {
-    const text = this.keep < 1 ? `${Math.round(100 * this.keep)} %` : "all";
+    const text = this.keep < 1 ? percent(this.keep) : "all";
     $("keep-value").textContent = text;
     $("keep").setAttribute("aria-valuetext", this.keep < 1 ? `${text} of the tokens` : "all tokens");
   }
@@ -204,7 +210,12 @@ export class Ask {
     turn.made = make("span", { class: "sub" });
     turn.button = make(
       "button",
-      { type: "button", class: "made", "aria-pressed": "false", on: { click: () => this.#choose(this.chosen === turn ? null : turn) } },
+      {
+        type: "button",
+        class: "made",
+        "aria-pressed": "false",
+        on: { click: () => this.#choose(this.chosen === turn ? null : turn) },
+      },
       turn.made,
     );
     turn.root = make("li", { class: "turn" }, make("p", { class: "question" }, question), turn.answer, turn.button);
@@ -261,7 +272,15 @@ export class Ask {
       return make(
         "tr",
         { class: this.chosen.shown === run ? "shown" : null },
-        make("td", {}, make("button", { type: "button", class: "quiet", "aria-pressed": pressed, on: { click: show } }, run.keep < 1 ? `${Math.round(100 * run.keep)} %` : "all")),
+        make(
+          "td",
+          {},
+          make(
+            "button",
+            { type: "button", class: "quiet", "aria-pressed": pressed, on: { click: show } },
+            run.keep < 1 ? percent(run.keep) : "all",
+          ),
+        ),
         make("td", {}, run.looked.kept ? `${run.looked.kept.kept} of ${run.looked.kept.of}` : "all"),
         make(
           "td",

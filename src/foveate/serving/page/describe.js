@@ -8,7 +8,12 @@ const SCORES = [
   ["attribute_scores", "Attributes", 6],
   ["tag_scores", "Tags", 8],
 ];
-const LIKELY = { category_scores: (region) => [region.category], attribute_scores: (region) => Object.keys(region.attributes ?? {}), tag_scores: (region) => Object.keys(region.tags ?? {}) };
+/** The words that the model says of a region, by where their scores are. */
+const LIKELY = {
+  category_scores: (region) => [region.category],
+  attribute_scores: (region) => Object.keys(region.attributes ?? {}),
+  tag_scores: (region) => Object.keys(region.tags ?? {}),
+};
 
 export class Describe {
   /** `page`: say(text), fail(error, retry), busy(verb) says that its model is being loaded, answered(verb). */
@@ -27,7 +32,9 @@ export class Describe {
       this.clear();
       page.say("All boxes are gone.");
     });
-    $("copy-regions").addEventListener("click", async () => page.copied(await copyText(this.json()), "The regions"));
+    $("copy-regions").addEventListener("click", async () =>
+      page.copied(await copyText(this.json()), "The regions are copied."),
+    );
   }
 
   setPicture(picture) {
@@ -44,6 +51,7 @@ export class Describe {
 
   clear() {
     this.finding?.abort();
+    this.finding = null;
     for (const region of [...this.regions.values()]) this.#forget(region);
     this.next = 1;
     this.#refresh();
@@ -166,8 +174,11 @@ export class Describe {
         } else if (event === "done") time = data.milliseconds.work;
       }
       this.page.answered("describe");
-      this.page.say(count ? `${plural(count, "region")} found and described in ${duration(time)}.` : "Nothing was found.");
+      this.page.say(
+        count ? `${plural(count, "region")} found and described in ${duration(time)}.` : "Nothing was found.",
+      );
     } catch (error) {
+      if (this.finding !== controller) return; // it was for another picture
       if (error.name === "AbortError") this.page.say(`Stopped after ${plural(count, "region")}.`);
       else this.page.fail(error, () => this.everything());
     } finally {
@@ -283,12 +294,19 @@ export class Describe {
       return;
     }
     if (result) place.append(this.#views(region), this.#scores(result));
-    const actions = make("div", { class: "actions" }, make("span", { class: "place" }, region.box.map((value) => Math.round(value)).join(", ")));
+    const actions = make(
+      "div",
+      { class: "actions" },
+      make("span", { class: "place" }, region.box.map((value) => Math.round(value)).join(", ")),
+    );
     if (result) {
-      const copy = async () => this.page.copied(await copyText(JSON.stringify(bare(result), null, 2)), `Box ${region.id}`);
+      const copy = async () =>
+        this.page.copied(await copyText(JSON.stringify(bare(result), null, 2)), `Box ${region.id} is copied.`);
       actions.append(make("button", { type: "button", class: "quiet", on: { click: copy } }, "Copy as JSON"));
     }
-    actions.append(make("button", { type: "button", class: "quiet", on: { click: () => this.remove(region.id) } }, "Remove"));
+    actions.append(
+      make("button", { type: "button", class: "quiet", on: { click: () => this.remove(region.id) } }, "Remove"),
+    );
     place.append(actions);
   }
 
@@ -331,15 +349,21 @@ export class Describe {
       const list = make("ul", { class: "bars" });
       const fill = (all) =>
         list.replaceChildren(
-          ...sorted.slice(0, all ? sorted.length : few).map(([word, score]) =>
-            make(
-              "li",
-              { class: likely.has(word) ? "likely" : null },
-              make("span", { class: "word" }, word),
-              make("span", { class: "rail", "aria-hidden": "true" }, make("span", { vars: { width: `${100 * score}%` } })),
-              make("span", { class: "value" }, percent(score)),
+          ...sorted
+            .slice(0, all ? sorted.length : few)
+            .map(([word, score]) =>
+              make(
+                "li",
+                { class: likely.has(word) ? "likely" : null },
+                make("span", { class: "word" }, word),
+                make(
+                  "span",
+                  { class: "rail", "aria-hidden": "true" },
+                  make("span", { vars: { width: `${100 * score}%` } }),
+                ),
+                make("span", { class: "value" }, percent(score)),
+              ),
             ),
-          ),
         );
       fill(false);
       const more = make("button", { type: "button", class: "quiet", "aria-expanded": "false" }, `All ${sorted.length}`);
@@ -357,7 +381,8 @@ export class Describe {
 }
 
 /** What is said of a region in one line. */
-const short = (region) => region?.caption || region?.category || Object.keys(region?.tags ?? {}).join(", ") || "nothing said";
+const short = (region) =>
+  region?.caption || region?.category || Object.keys(region?.tags ?? {}).join(", ") || "nothing said";
 
 /** A region without the pictures of its views. */
 const bare = (region) => ({ ...region, views: region.views.map(({ png, ...view }) => view) });

@@ -19,18 +19,22 @@ function kind(schema, all) {
 }
 
 function fields(name, all) {
-  const table = element("table", "", element("tr", "", element("th", "field"), element("th", "type"), element("th", "")));
+  const table = element(
+    "table",
+    "",
+    element("tr", "", element("th", "field"), element("th", "type"), element("th", "")),
+  );
   const schema = all[name];
   for (const [field, own] of Object.entries(schema.properties || {})) {
-    const needed = (schema.required || []).includes(field) ? "required. " : "";
-    const value = own.default !== undefined && own.default !== null ? ` Default: ${JSON.stringify(own.default)}.` : "";
+    const needed = (schema.required || []).includes(field) ? "required" : "";
+    const value = own.default !== undefined && own.default !== null ? `default ${JSON.stringify(own.default)}` : "";
     table.append(
       element(
         "tr",
         "",
         element("td", "", element("code", field)),
         element("td", kind(own, all)),
-        element("td", `${needed}${own.description || ""}${value}`),
+        element("td", [needed, own.description, value].filter(Boolean).join("; ")),
       ),
     );
   }

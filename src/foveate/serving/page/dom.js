@@ -27,11 +27,11 @@ function fill(element, properties) {
 
 /** A probability; 100 % is said of certainty alone. */
 export function percent(value) {
-  return `${value >= 1 ? 100 : Math.min(99, Math.round(value * 100))} %`;
+  return `${value >= 1 ? 100 : Math.min(99, Math.round(value * 100))}\u202f%`;
 }
 
 export function duration(milliseconds) {
-  return milliseconds < 10_000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`;
+  return milliseconds < 10_000 ? `${Math.round(milliseconds)}\u202fms` : `${(milliseconds / 1000).toFixed(1)}\u202fs`;
 }
 
 export function plural(count, one, many = `${one}s`) {

@@ -64,7 +64,13 @@ export class Stage {
   }
 
   add(id, box) {
-    const element = make("div", { class: "box", tabindex: "0", role: "button", "data-id": id, "aria-pressed": "false" });
+    const element = make("div", {
+      class: "box",
+      tabindex: "0",
+      role: "button",
+      "data-id": id,
+      "aria-pressed": "false",
+    });
     for (const corner of CORNERS) element.append(make("span", { class: `handle ${corner}`, "data-corner": corner }));
     const label = make("div", { class: "label", "aria-hidden": "true", on: { click: () => this.on.opened(id) } });
     label.append(make("b", {}, String(id)), make("span", { class: "full" }), make("span", { class: "brief" }));
@@ -174,7 +180,8 @@ export class Stage {
       return;
     }
     const by = [point[0] - gesture.start[0], point[1] - gesture.start[1]];
-    gesture.own.box = gesture.kind === "move" ? this.#moved(gesture.from, by) : sized(gesture.from, gesture.corner, point);
+    gesture.own.box =
+      gesture.kind === "move" ? this.#moved(gesture.from, by) : sized(gesture.from, gesture.corner, point);
     this.#position(gesture.own);
     this.#draw();
   }
@@ -313,7 +320,8 @@ export class Stage {
           const [column, row] = [token % partition.grid, Math.floor(token / partition.grid)];
           return [left + column * across, top + row * down, left + (column + 1) * across, top + (row + 1) * down];
         });
-        const veil = hole(partition.region) + cells.map(([x0, y0, x1, y1]) => `M${x0} ${y0}H${x1}V${y1}H${x0}Z`).join("");
+        const veil =
+          hole(partition.region) + cells.map(([x0, y0, x1, y1]) => `M${x0} ${y0}H${x1}V${y1}H${x0}Z`).join("");
         this.marks.append(makeSvg("path", { class: "veil strong", d: veil, "fill-rule": "evenodd" }));
         this.marks.append(makeSvg("path", { class: "cell", d: cells.map(hole).join("") }));
       }
@@ -322,7 +330,9 @@ export class Stage {
         const word = this.looked.labels[index];
         if (!word) continue;
         const vars = { left: `${(100 * box[0]) / width}%`, top: `${(100 * box[1]) / height}%` };
-        this.names.append(make("span", { class: box[1] < height / 16 ? "object-name within" : "object-name", vars }, word));
+        this.names.append(
+          make("span", { class: box[1] < height / 16 ? "object-name within" : "object-name", vars }, word),
+        );
       }
       return;
     }
@@ -341,9 +351,7 @@ export class Stage {
     if (!width || !imageWidth) return;
     const scale = [width / imageWidth, height / imageHeight];
     const all = [...this.boxes.values()];
-    const frames = new Map(
-      all.map(({ id, box }) => [id, box.map((value, index) => value * scale[index % 2])]),
-    );
+    const frames = new Map(all.map(({ id, box }) => [id, box.map((value, index) => value * scale[index % 2])]));
     const placed = [];
     const order = all.toSorted((a, b) => (b.id === this.chosen) - (a.id === this.chosen) || a.id - b.id);
     const sizes = SIZES.map((size) => {
@@ -368,7 +376,10 @@ export class Stage {
         // No room anywhere: the number stands in the box's corner; of the chosen box the text stays.
         size = id === this.chosen ? 0 : SIZES.length - 1;
         const [w, h] = sizes[size].get(id);
-        spot = [Math.min(Math.max(frame[0] + 2, 1), width - w - 1), Math.min(Math.max(frame[1] + 2, 1), height - h - 1)];
+        spot = [
+          Math.min(Math.max(frame[0] + 2, 1), width - w - 1),
+          Math.min(Math.max(frame[1] + 2, 1), height - h - 1),
+        ];
       }
       const [w, h] = sizes[size].get(id);
       placed.push([spot[0], spot[1], spot[0] + w, spot[1] + h]);
