@@ -351,8 +351,36 @@ def test_answers_stream_and_budgets_are_measured(open_page: Any) -> None:
     page.keyboard.press("Enter")
     expecting(answer).to_have_count(2)
     expecting(answer.last).to_have_text("white")
+
+    drag(page, (28, 314), (125, 378))
+    page.get_by_label("Objects to look at one by one").select_option("my 1 box")
+    page.get_by_label("Question", exact=True).fill("what colour is the truck?")
+    page.keyboard.press("Enter")
+    expecting(answer).to_have_count(3)
+    expecting(page.locator(".turn .made").last).to_contain_text("1 object")
+    expecting(page.locator("#marks .object")).to_have_count(1)
     page.get_by_role("button", name="Start anew").click()
     expecting(page.locator(".turn")).to_have_count(0)
+
+
+@pytest.mark.browser
+def test_pictures_can_be_dropped_and_pasted(open_page: Any, scenes: list[dict[str, Any]]) -> None:
+    page = open_page()
+    # As the browser gives them: a DataTransfer with a file.
+    send = """([kind, name, url]) => {
+      const bytes = Uint8Array.from(atob(url.split(',')[1]), (letter) => letter.charCodeAt(0));
+      const data = new DataTransfer();
+      data.items.add(new File([bytes], name, { type: 'image/png' }));
+      const options = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
+      const event = kind === 'paste' ? new ClipboardEvent(kind, options) : new DragEvent(kind, options);
+      document.getElementById('frame').dispatchEvent(event);
+      return event.defaultPrevented;
+    }"""
+    for kind, number in (("drop", 2), ("paste", 5)):
+        assert page.evaluate(send, [kind, f"by {kind}.png", scenes[number]["image"]])
+        page.get_by_role("heading", name=f"by {kind}.png").wait_for()
+        shown = page.locator("#picture").evaluate("image => image.src")
+        assert shown == scenes[number]["image"]
 
 
 @pytest.mark.browser
@@ -427,6 +455,10 @@ def test_a_busy_server_is_asked_again(open_page: Any, served: Served) -> None:
     expecting(described(page)).to_have_count(QUEUE + 1)
     expecting(alert).to_be_hidden()
     expecting(page.locator(".caption", has_text="sofa")).to_be_visible()
+    with served.paused():
+        page.get_by_role("button", name="Everything").click()
+        page.get_by_role("button", name="Stop").click()
+        expecting(page.get_by_role("status")).to_have_text("Stopped after 0 regions.")
 
 
 @pytest.mark.browser
