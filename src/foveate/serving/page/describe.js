@@ -302,12 +302,18 @@ export class Describe {
     if (result) {
       const copy = async () =>
         this.page.copied(await copyText(JSON.stringify(bare(result), null, 2)), `Box ${region.id} is copied.`);
-      actions.append(make("button", { type: "button", class: "quiet", on: { click: copy } }, "Copy as JSON"));
+      actions.append(this.#action("Copy as JSON", region, copy));
     }
-    actions.append(
-      make("button", { type: "button", class: "quiet", on: { click: () => this.remove(region.id) } }, "Remove"),
-    );
+    actions.append(this.#action("Remove", region, () => this.remove(region.id)));
     place.append(actions);
+  }
+
+  #action(text, region, click) {
+    return make(
+      "button",
+      { type: "button", class: "quiet", "aria-label": `${text}: box ${region.id}`, on: { click } },
+      text,
+    );
   }
 
   #views(region) {
@@ -365,14 +371,15 @@ export class Describe {
               ),
             ),
         );
-      fill(false);
-      const more = make("button", { type: "button", class: "quiet", "aria-expanded": "false" }, `All ${sorted.length}`);
-      more.addEventListener("click", () => {
-        const all = more.getAttribute("aria-expanded") === "false";
+      const more = make("button", { type: "button", class: "quiet" });
+      const tell = (all) => {
         more.setAttribute("aria-expanded", String(all));
         more.textContent = all ? "Fewer" : `All ${sorted.length}`;
+        more.setAttribute("aria-label", `${more.textContent}: ${title.toLowerCase()}`);
         fill(all);
-      });
+      };
+      tell(false);
+      more.addEventListener("click", () => tell(more.getAttribute("aria-expanded") === "false"));
       const head = make("div", { class: "over" }, make("h4", {}, title), sorted.length > few ? more : null);
       section.append(make("div", { class: "score" }, head, list));
     }
