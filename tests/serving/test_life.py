@@ -31,6 +31,11 @@ def test_from_a_killed_worker_to_the_end(served: Any, scenes: list[dict[str, Any
         body = {"image": scenes[0]["image"], "boxes": [box] * count, "tasks": ["category"], "stream": stream}
         return served.client.post("/v1/regions", json=body)
 
+    # Without tokens it trusts who can reach it, so it answers to no name that others can give it.
+    for host in ("evil.example", "127.0.0.1.evil.example", "[::1", ""):
+        assert served.client.get("/v1/models", headers={"Host": host}).status_code == 403
+    assert served.client.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+
     with ThreadPoolExecutor(2) as pool:
         killed = served.worker
         killed.suspend()  # so that the request is with it when it is killed

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -426,11 +427,10 @@ def test_the_page_its_description_and_its_health_need_no_token(server: Any) -> N
 @pytest.mark.parametrize(
     "headers",
     [
-        {"Host": "evil.example"},
-        {"Host": "127.0.0.1.evil.example"},
         {"Origin": "https://evil.example"},
+        {"Origin": "http://127.0.0.1"},
         {"Origin": "null"},
-        {"Host": "[::1"},
+        {"Host": "evil.example", "Origin": "http://localhost"},
     ],
 )
 def test_pages_of_other_sites_are_not_answered(server: Any, headers: dict[str, str]) -> None:
@@ -576,6 +576,18 @@ def test_who_sends_too_slowly_is_cut_off(server: Any, part: str) -> None:
             assert b'"slow"' in answer
 
 
+def test_who_does_not_read_the_answers_is_cut_off(server: Any) -> None:
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 0)) as raw:
+        token = server.client.headers["authorization"]
+        request = f"GET /v1/samples HTTP/1.1\r\nHost: localhost\r\nAuthorization: {token}\r\n\r\n"
+        raw.sendall(request.encode() * 20)  # 20 MB of answers, more than fits into buffers on the way
+        own = raw.getsockname()[1]
+        connections = psutil.Process(server.process.pid).net_connections
+        server.until(lambda: any(one.raddr and one.raddr.port == own for one in connections("tcp")))
+        server.until(lambda: not any(one.raddr and one.raddr.port == own for one in connections("tcp")))
+
+
 def test_what_is_no_http_gets_an_error_in_json(server: Any) -> None:
     url = httpx.URL(server.url)
     with socket.create_connection((url.host, url.port or 0)) as raw:
@@ -598,7 +610,7 @@ def test_no_request_of_the_description_breaks_the_server(server: Any) -> None:
     for operation in (result.ok() for result in api.get_all_operations()):
 
         @settings(
-            max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+            max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
         )
         @given(case=operation.as_strategy())
         def send(case: Any) -> None:
@@ -609,7 +621,7 @@ def test_no_request_of_the_description_breaks_the_server(server: Any) -> None:
             tried[case.path] = tried.get(case.path, 0) + 1
 
         send()
-    assert tried["/v1/regions"] >= 8
+    assert tried["/v1/regions"] >= 5
     assert set(tried) > {"/v1/everything", "/v1/chat/completions", "/v1/models", "/metrics", "/readyz"}
 
 

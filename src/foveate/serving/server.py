@@ -63,13 +63,15 @@ class Server(uvicorn.Server):
 
 
 def protocol(patience: float) -> type[H11Protocol]:
-    """A class of connections whose peers must have sent the head of a request within `patience` seconds.
+    """A class of connections whose peers must send the head of a request within `patience` seconds, and go on reading
+    answers as often.
 
-    uvicorn waits for a head as long as it takes, so that connections that never finish one would use all there are.
+    uvicorn waits for both as long as it takes, so that connections of which nothing comes would use all there are.
     """
 
     class Patient(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -81,6 +83,7 @@ def protocol(patience: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._expect_nothing()
+            self._read_on()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -89,6 +92,20 @@ def protocol(patience: float) -> type[H11Protocol]:
                 self._expect()
             else:
                 self._expect_nothing()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            # Nothing of an answer is read any more; what waits to be written is lost, or it would wait for ever.
+            self._unread = self.loop.call_later(patience, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._read_on()
+            super().resume_writing()
+
+        def _read_on(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def on_response_complete(self) -> None:
             self._expect_nothing()
