@@ -95,7 +95,8 @@ def open_page(served: Served, browser: Browser) -> Iterator[Any]:
     contexts: list[BrowserContext] = []
 
     def open_page(token: str | None = TOKEN, **options: Any) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **options})
+        settings: dict[str, Any] = {"viewport": {"width": 1280, "height": 860}, **options}
+        context = browser.new_context(**settings)
         contexts.append(context)
         if token is not None:
             context.add_init_script(f"sessionStorage.setItem('foveate-token', '{token}')")
