@@ -42,9 +42,9 @@ from rich.console import Console
 from rich.table import Table
 
 import foveate
-from foveate.cli.options import keep_freed_memory
 from foveate.errors import FoveateError
 from foveate.files import atomic_write
+from foveate.processes import keep_freed_memory
 from foveate.world.scenes import render_scene
 
 sys.path.insert(0, str(Path(__file__).parent))

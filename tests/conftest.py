@@ -1,11 +1,57 @@
-"""Checkpoints of other people's proposers in miniature, saved in their official layouts; do not write into them."""
+"""Checkpoints of other people's proposers in miniature, saved in their official layouts; do not write into them. And
+whether the tests that need a browser run."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER_REQUIRED = os.environ.get("FOVEATE_BROWSER") == "required"
+"""Set by `.ci/run`: there, tests that do not run are no better than tests that fail."""
+
+
+def pytest_report_header() -> str | None:
+    if CHROMIUM or BROWSER_REQUIRED:
+        return None
+    return "there is no Chromium, so the tests of the page are skipped (Debian's package is chromium)"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("browser") and CHROMIUM is None:
+        reason = "there is no Chromium; install Debian's package chromium"
+        if BROWSER_REQUIRED:
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+
+
+class _BrowserTests:
+    """Fails a run of all tests in which none of the browser's came to an end."""
+
+    def __init__(self) -> None:
+        self.passed = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.passed += report.when == "call" and report.passed and "browser" in report.keywords
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if not self.passed and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.passed:
+            terminalreporter.write_line(
+                "no test of the page ran in a browser, and FOVEATE_BROWSER is required", red=True
+            )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if BROWSER_REQUIRED and not hasattr(config, "workerinput"):  # with pytest-xdist, the process that counts
+        config.pluginmanager.register(_BrowserTests())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,6 +60,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FOVEATE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Where the browser is."""
+    assert CHROMIUM is not None
+    return CHROMIUM
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ GROUND = {
     "foveate.errors",
     "foveate.files",
     "foveate.methods",
+    "foveate.processes",
 }
 FLOORS = ["ops", "language", "vision", "metrics", "data", "world", "training", "methods", "serving", "cli"]
 MODULES = sorted((SOURCE / "foveate").rglob("*.py"))

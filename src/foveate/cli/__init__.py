@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from foveate.cli import ask, bench, boxes, classify, convert, describe, evaluate, train, tune_views, world
+from foveate.cli import ask, bench, boxes, classify, convert, describe, evaluate, serve, train, tune_views, world
 from foveate.cli.options import one_line
 from foveate.errors import FoveateError
 
@@ -38,6 +38,7 @@ app.command("classify")(classify.classify)
 app.add_typer(world.app, name="world")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("serve")(serve.serve)
 app.command("tune-views")(tune_views.tune_views)
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")

@@ -12,18 +12,10 @@ import typer
 
 from foveate.cli.box_options import BoxChoice, Cache, Labels, NoCache, Tagger, Threshold, Vocabulary, draw_found
 from foveate.cli.chat import chat
-from foveate.cli.options import (
-    Debug,
-    Device,
-    DType,
-    Quantize,
-    hide_weight_bars,
-    keep_freed_memory,
-    one_line,
-    progress_bar,
-)
+from foveate.cli.options import Debug, Device, DType, Quantize, one_line, progress_bar
 from foveate.cli.outputs import check_outputs, draw_kept, parse_box, picture_files
 from foveate.errors import InputError
+from foveate.processes import hide_weight_bars, keep_freed_memory
 
 if TYPE_CHECKING:
     from foveate.methods.mg_llava.predictor import Answer

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate.cli.box_options import Cache, Labels, NoCache, Tagger, Threshold, Vocabulary, draw_found, open_pipeline
-from foveate.cli.options import Debug, Device, hide_weight_bars, one_line, progress_bar
+from foveate.cli.options import Debug, Device, one_line, progress_bar
 from foveate.cli.outputs import check_outputs, picture_files
 from foveate.errors import InputError
 from foveate.files import atomic_write
+from foveate.processes import hide_weight_bars
 
 if TYPE_CHECKING:
     from foveate.vision.box_pipeline import FoundBoxes

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, Device, DType, hide_weight_bars
+from foveate.cli.options import Debug, Device, DType
 from foveate.errors import InputError
 from foveate.files import atomic_write
+from foveate.processes import hide_weight_bars
 
 
 def classify(

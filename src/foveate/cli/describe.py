@@ -12,20 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.options import (
-    Debug,
-    Device,
-    DType,
-    Progress,
-    Quantize,
-    hide_weight_bars,
-    keep_freed_memory,
-    one_line,
-    progress_bar,
-)
+from foveate.cli.options import Debug, Device, DType, Progress, Quantize, one_line, progress_bar
 from foveate.cli.outputs import check_outputs, free_name, parse_box, picture_files, save_picture, split_words
 from foveate.errors import InputError
 from foveate.files import ResumableLines, atomic_write
+from foveate.processes import hide_weight_bars, keep_freed_memory
 
 if TYPE_CHECKING:
     from foveate import Regions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -23,7 +23,6 @@ ModelName = Annotated[str, typer.Option("--model", help="Folder of the model, or
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Folder to write; the recipe's `output` by default.")]
 
 SECONDS_BETWEEN_LOG_LINES = 5.0
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h; the second's largest value is 32 MiB
 
 
 class Progress(Protocol):
@@ -69,25 +68,3 @@ class _LogLines:
             self._last = now
             line = f"{time.strftime('%H:%M:%S')} {self._what}: {done} of {total} ({now - self._started:.0f} s)"
             print(line, file=sys.stderr, flush=True)
-
-
-def hide_weight_bars() -> None:
-    """Turns off transformers' bar for each file of weights; that of a download, which takes minutes, stays."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
-
-    unwanted = are_progress_bars_disabled()
-    disable_progress_bar()  # those of huggingface_hub, too
-    if not unwanted:
-        enable_progress_bars()
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what tensors free instead of giving it back and faulting it in again for the next ones, which on
-    a CPU is a tenth of describing. For programs that are ours alone; elsewhere nothing happens."""
-    import ctypes
-
-    with suppress(AttributeError, OSError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**25)
-        mallopt(_M_TRIM_THRESHOLD, 2**30)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, RunFolder, hide_weight_bars
+from foveate.cli.options import Debug, RunFolder
 from foveate.cli.tables import print_training
+from foveate.processes import hide_weight_bars
 
 
 def train(

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Debug, ModelName, RunFolder, hide_weight_bars, keep_freed_memory, progress_bar
+from foveate.cli.options import Debug, ModelName, RunFolder, progress_bar
 from foveate.cli.tables import print_tuning
+from foveate.processes import hide_weight_bars, keep_freed_memory
 
 
 def tune_views(

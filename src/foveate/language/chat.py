@@ -11,6 +11,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from foveate.language.decoding import (
     crop_cache,
     end_tokens,
     generate_texts,
+    start_texts,
+    text_steps,
 )
 from foveate.language.templates import PLACEHOLDERS
 
@@ -132,6 +135,36 @@ class ChatPredictor(ABC):
             InputError: it cannot be read, or the boxes do not fit it.
         """
         return self.see_all([source], [boxes])[0]
+
+    def kind(self, source: Any) -> str | None:
+        """What a picture is in a prompt: `<image>` or `<video>`; None of None."""
+        return self._kind(source)
+
+    def prompt_ids(self, question: str, kind: str | None, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """Ids of a question with all that was said before it, as a `Conversation` that had said it would have read it.
+
+        Args:
+            question: what is asked now.
+            kind: of the picture, which belongs to the first question; None without one.
+            turns: (question, answer) of the turns before.
+
+        Raises:
+            InputError: a question is no text, too long, or has placeholders of other pictures.
+        """
+        _, tokenizer = self._speaker
+        ids: list[int] = []
+        said: list[tuple[str, Any]] = []
+        for asked, answer in turns:
+            ids += self._prompt(asked, None if said else kind, said)
+            text = TextStream(tokenizer)
+            for token in tokenizer.encode(refuse_placeholders(answer), add_special_tokens=False):
+                text.push(token)
+            text.close()
+            ids += [*text.ids, *self._after(text)]
+            said.append((asked, self._finished(text, None, 0.0)))
+        if said:
+            refuse_placeholders(question)
+        return ids + self._prompt(question, None if said else kind, said)
 
     # ---------------------------------------------------------------- what follows from it
 
@@ -257,6 +290,82 @@ def ask_in_batches(
     return answers[0] if single else answers
 
 
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and how many tokens were read for it.
+
+    Attributes:
+        answer: as the predictor's `ask` gives it.
+        prompt_tokens: of pictures and text.
+    """
+
+    answer: Any
+    prompt_tokens: int
+
+
+def reply_in_steps(
+    predictor: ChatPredictor,
+    prompts: Sequence[list[int]],
+    seen: Sequence[Any],
+    generation: dict[str, Any],
+    show: Callable[[int, str], None],
+    alive: Callable[[int], bool] = lambda _: True,
+) -> Generator[None, None, list[Reply]]:
+    """Answers of B prompts, together and token by token, for who has other things to do between two tokens.
+
+    Args:
+        prompts: ids, as `prompt_ids` gives them.
+        seen: their pictures, as `see_all` gives them.
+        generation: as `ask` takes it, the same for all.
+        show: called with (row, new text) as it comes.
+        alive: whether somebody still waits for a row; rows that nobody waits for end.
+
+    Returns:
+        B replies. Each step yields once.
+
+    Raises:
+        InputError: a setting is wrong.
+        CheckpointError: the model gives non-finite numbers.
+    """
+    sampling, stops = predictor._sampling(generation)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        embeds, mask = predictor._embed(prompts, seen)
+    predictor._check_context(embeds.shape[1] + sampling.max_new_tokens)
+    read = mask.sum(dim=1).tolist()
+    speaker, tokenizer = predictor._speaker
+    texts = start_texts(speaker, tokenizer, len(prompts), stops)
+    steps = text_steps(speaker, embeds, mask, sampling, texts, show)
+    busy = 0.0
+    while True:
+        for row, text in enumerate(texts):
+            if not text.finished and not alive(row):
+                text.close()
+        more = next(steps, None) is not None
+        busy += time.perf_counter() - started
+        if not more:
+            break
+        yield
+        started = time.perf_counter()
+    took = 1000 * busy / len(prompts)
+    return [
+        Reply(predictor._finished(text, one, took), int(count))
+        for text, one, count in zip(texts, seen, read, strict=True)
+    ]
+
+
+def refuse_placeholders(question: Any) -> Any:
+    """A question that is not the first of a conversation, as it is.
+
+    Raises:
+        InputError: it has a placeholder.
+    """
+    for placeholder in PLACEHOLDERS:
+        if isinstance(question, str) and placeholder in question:
+            raise InputError(f"{placeholder} may stand in the first question only; start another conversation.")
+    return question
+
+
 def _key(source: Any, boxes: Any) -> Any:
     """The same for the same picture with the same boxes."""
     return str(source) if isinstance(source, str | Path) else id(source), id(boxes)
@@ -305,17 +414,12 @@ class Conversation:
             try:
                 first = not self.turns
                 if not first:
-                    self._refuse_placeholders(question)
+                    refuse_placeholders(question)
                 kind = self.seen.kind if self.seen is not None and first else None
                 prompt = self.predictor._prompt(question, kind, self.turns)
                 yield from self._run(question, prompt, first, sampling, stops)
             finally:
                 self._thread = None
-
-    def _refuse_placeholders(self, question: Any) -> None:
-        for placeholder in PLACEHOLDERS:
-            if isinstance(question, str) and placeholder in question:
-                raise InputError(f"{placeholder} may stand in the first question only; start another conversation.")
 
     def _run(
         self, question: str, prompt: list[int], first: bool, sampling: Sampling, stops: Sequence[str]

@@ -258,17 +258,45 @@ def generate_texts(
     Raises:
         CheckpointError: non-finite logits.
     """
+    texts = start_texts(model, tokenizer, len(inputs_embeds), stops)
+    for _ in text_steps(model, inputs_embeds, attention_mask, sampling, texts, show):
+        pass
+    return texts
+
+
+def start_texts(model: Any, tokenizer: Any, count: int, stops: Sequence[str] = ()) -> list[TextStream]:
+    """Empty answers, which end at the end tokens of model and tokenizer and at stop strings."""
     ends = sorted(end_tokens(model, tokenizer, stops))
-    texts = [TextStream(tokenizer, stops=stops, ends=ends) for _ in range(len(inputs_embeds))]
+    return [TextStream(tokenizer, stops=stops, ends=ends) for _ in range(count)]
+
+
+def text_steps(
+    model: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor,
+    sampling: Sampling,
+    texts: Sequence[TextStream],
+    show: Callable[[int, str], None] | None = None,
+) -> Iterator[int]:
+    """Goes on with B answers until all have ended, and yields after each token the number of those that go on.
+
+    Args:
+        inputs_embeds, attention_mask, show: as `generate_texts` takes them.
+        texts: B answers, as `start_texts` gives them; one that is closed from outside ends there.
+
+    Raises:
+        CheckpointError: non-finite logits.
+    """
     for tokens in TokenStream(model, sampling).run(inputs_embeds, attention_mask):
         for row, (text, token) in enumerate(zip(texts, tokens.tolist(), strict=True)):
             new = text.push(token)
             if show is not None and new:
                 show(row, new)
-        if all(text.finished for text in texts):
+        left = sum(not text.finished for text in texts)
+        if not left:
             break
+        yield left
     for row, text in enumerate(texts):
         rest = text.close()
         if show is not None and rest:
             show(row, rest)
-    return texts

@@ -32,12 +32,13 @@ class KeptTokens:
     count: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, and the kept tokens of each partition by number, as JSON takes them."""
+        """Counts, and of each partition the tokens a side and the kept ones by number, as JSON takes them."""
+        side = math.isqrt(self.keep.shape[1])
         return {
             "kept": self.count,
             "of": self.total,
             "partitions": [
-                {"region": [float(side) for side in region], "tokens": np.flatnonzero(keep).tolist()}
+                {"region": [float(edge) for edge in region], "grid": side, "tokens": np.flatnonzero(keep).tolist()}
                 for keep, region in zip(self.keep, self.regions, strict=True)
             ],
         }

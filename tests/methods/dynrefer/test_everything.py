@@ -64,6 +64,13 @@ def test_proposals_are_thinned_out_and_in_order(repeating: DynReferPredictor, ph
     assert found(repeating(photo, **captions, caption_iou=None, box_iou=None)) == [far, second, first, third]
 
 
+def test_regions_are_proposed_without_being_described(repeating: DynReferPredictor, photo: Image.Image) -> None:
+    for limits in ({}, {"box_iou": None}, {"max_regions": 2}, {"min_score": 0.5}):
+        proposed = repeating.propose(photo, **limits)
+        described = repeating(photo, everything=True, tasks="tags", **limits)
+        assert list(zip(proposed.boxes.tolist(), proposed.scores.tolist(), strict=True)) == found(described)
+
+
 def test_joint_score(repeating: DynReferPredictor, photo: Image.Image) -> None:
     for region in repeating(photo, everything=True, tasks="caption"):
         plain = region.to_dict()  # pyright: ignore[reportAttributeAccessIssue]

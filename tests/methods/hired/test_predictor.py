@@ -79,6 +79,18 @@ def test_batches_and_conversations_say_the_same(loaded: Any) -> None:
     assert "</s>USER: and now? ASSISTANT:" in loaded.tokenizer.decode(loaded._prompt("and now?", None, talk.turns[:1]))
 
 
+def test_turns_of_before_are_read_as_the_template_writes_them(loaded: Any) -> None:
+    turns = [("what is it?", "a dog"), ("which colour?", "brown")]
+    messages: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+    for role, text in (("assistant", "a dog"), ("user", "which colour?"), ("assistant", "brown"), ("user", "sure?")):
+        messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+    text = loaded.tokenizer.apply_chat_template(
+        messages, chat_template=loaded.chat_template, tokenize=False, add_generation_prompt=True
+    )
+    read = loaded.tokenizer.decode(loaded.prompt_ids("sure?", "<image>", turns))
+    assert read.removeprefix("<s>").split() == text.removeprefix("<s>").split()
+
+
 def talk_ids(loaded: Any, answer: Any) -> list[int]:
     """Ids that the model gave; a byte is a token, so the text has them, but for those that are no text."""
     seen = loaded.see(parts.make_picture(60, 60))
@@ -119,6 +131,7 @@ def test_kept_tokens_are_shown_where_they_lie(folders: dict[str, Path]) -> None:
     whole = kept.to_dict()
     assert whole["kept"] == kept.count
     assert [len(part["tokens"]) for part in whole["partitions"]] == kept.keep.sum(axis=1).tolist()
+    assert {part["grid"] for part in whole["partitions"]} == {6}
     assert json.dumps(whole)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import foveate
 from foveate.errors import CheckpointError, InputError
+from foveate.language.chat import Reply, reply_in_steps
 from foveate.language.templates import TEMPLATES, encode_turns
 from foveate.methods.mg_llava.predictor import Answer, MGLlavaPredictor
 from foveate.methods.mg_llava.processing import MGLlavaProcessor
@@ -122,6 +123,57 @@ def test_a_conversation_reads_what_training_writes(template: str, picture: Pictu
         ids += said + tokenizer.encode(shape.suffix, add_special_tokens=False) + [257] * shape.adds_eos
         ids += tokenizer.encode(shape.separator, add_special_tokens=False)
     assert [question for question, _ in talk.turns] == questions
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_turns_of_before_are_read_as_training_writes_them(template: str) -> None:
+    predictor = make_predictor(template=template)
+    shape, tokenizer = TEMPLATES[template], predictor.processor.tokenizer
+    turns = [("What is it?", "A dog."), ("And its colour?", "brown")]
+    told = [
+        shape.render("<image>\nWhat is it?", "A dog."),
+        shape.render("And its colour?", "brown"),
+        shape.render("Sure?"),
+    ]
+    assert predictor.prompt_ids("Sure?", "<image>", turns) == encode_turns(told, tokenizer)[0]
+    with pytest.raises(InputError, match="first question only"):
+        predictor.prompt_ids("Is <image> it?", "<image>", turns)
+
+
+def test_an_answer_in_steps_is_the_answer(predictor: MGLlavaPredictor, picture: Picture) -> None:
+    pictures = [picture(0), picture(1), None]
+    questions = ["What is it?", "Where?", "Why is that so?"]
+    expected = predictor.ask(pictures, questions, max_new_tokens=7)
+    seen = predictor.see_all(pictures, [None] * 3)
+    prompts = [predictor.prompt_ids(text, predictor.kind(own)) for text, own in zip(questions, pictures, strict=True)]
+    shown = ["", "", ""]
+
+    def show(row: int, text: str) -> None:
+        shown[row] += text
+
+    def run(alive: Callable[[int], bool]) -> tuple[int, list[Reply]]:
+        steps = reply_in_steps(predictor, prompts, seen, {"max_new_tokens": 7}, show, alive)
+        count = 0
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return count, end.value
+            count += 1
+
+    count, replies = run(lambda _: True)
+    assert [reply.answer for reply in replies] == expected
+    assert [text.strip() for text in shown] == [answer.text for answer in expected]
+    assert max(answer.tokens for answer in expected) - 1 <= count <= 7
+    visual = [0 if own is None else len(own.tokens.sequence(0, 1)) for own in seen]
+    texts = [len(prompt) - (own is not None) for prompt, own in zip(prompts, pictures, strict=True)]
+    assert [reply.prompt_tokens for reply in replies] == [a + b for a, b in zip(texts, visual, strict=True)]
+    # Who is not waited for says nothing more, and what others say does not change.
+    assert max(answer.tokens for answer in expected[1:]) > 1
+    _, replies = run(lambda row: row == 0)
+    assert replies[0].answer == expected[0]
+    assert [reply.answer.tokens for reply in replies[1:]] == [0, 0]
+    assert run(lambda _: False)[0] == 0
 
 
 def test_a_stream_is_the_answer_in_pieces(predictor: MGLlavaPredictor, picture: Picture) -> None:

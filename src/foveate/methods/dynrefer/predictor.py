@@ -315,6 +315,30 @@ class DynReferPredictor:
         ]
         return results[0] if single else results
 
+    def propose(
+        self,
+        image: Any,
+        *,
+        proposer: str | Path | Proposer | BoxFile | None = None,
+        proposer_words: Sequence[str] | None = None,
+        max_regions: int | None = None,
+        min_score: float = 0.0,
+        box_iou: float | None = 0.7,
+    ) -> FoundRegions:
+        """The regions that a call with `everything=True` describes, the surest first.
+
+        Args:
+            image: a path, bytes, PIL image or uint8 array.
+            proposer, proposer_words, max_regions, min_score, box_iou: as a call takes them.
+
+        Raises:
+            InputError: the image or an option is wrong, or there is no proposer.
+            CheckpointError: the proposer gives non-finite numbers.
+        """
+        propose = self._proposers(proposer, proposer_words, [image])[0]
+        limits = {"max_regions": max_regions, "min_score": min_score, "box_iou": box_iou}
+        return find_regions(propose, load_image(image), **limits)
+
     # ---------------------------------------------------------------- arguments
 
     def _check_tasks(self, tasks: Any) -> tuple[str, ...]:

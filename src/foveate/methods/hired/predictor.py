@@ -25,7 +25,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from foveate.checkpoints import find_checkpoint, read_config
 from foveate.errors import CheckpointError, InputError
-from foveate.language.chat import ChatPredictor, read_sampling, with_placeholder
+from foveate.language.chat import ChatPredictor, read_sampling, refuse_placeholders, with_placeholder
 from foveate.language.decoding import Sampling, TextStream
 from foveate.language.lm import check_tokenizer, load_tokenizer
 from foveate.language.pretrained import first_line, load_exactly
@@ -248,6 +248,15 @@ class LlavaPredictor(ChatPredictor):
                 "conversation cannot go on from its cache; ask each question by itself."
             )
         return self.tokenizer.encode(rest[len(answer) :], add_special_tokens=False)
+
+    def prompt_ids(self, question: str, kind: str | None, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """As any chat model's, in the words of the checkpoint's template."""
+        messages: list[dict[str, Any]] = []
+        for asked, answer in turns:
+            text = refuse_placeholders(asked) if messages else with_placeholder(asked, kind)
+            messages += [_message("user", text), _message("assistant", refuse_placeholders(answer))]
+        text = refuse_placeholders(question) if messages else with_placeholder(question, kind)
+        return self._ids(self._render([*messages, _message("user", text)]))
 
     def _render(self, messages: Sequence[dict[str, Any]]) -> str:
         return self.tokenizer.apply_chat_template(
