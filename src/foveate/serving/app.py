@@ -342,7 +342,9 @@ def error_response(error: ApiError) -> Response:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    methods = {route.path: ", ".join(sorted(route.methods)) for route in app.routes if isinstance(route, APIRoute)}
+    methods = {
+        route.path: ", ".join(sorted(route.methods or ())) for route in app.routes if isinstance(route, APIRoute)
+    }
 
     async def api_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
