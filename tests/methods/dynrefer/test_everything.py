@@ -65,7 +65,8 @@ def test_proposals_are_thinned_out_and_in_order(repeating: DynReferPredictor, ph
 
 
 def test_regions_are_proposed_without_being_described(repeating: DynReferPredictor, photo: Image.Image) -> None:
-    for limits in ({}, {"box_iou": None}, {"max_regions": 2}, {"min_score": 0.5}):
+    every_limit: list[dict[str, Any]] = [{}, {"box_iou": None}, {"max_regions": 2}, {"min_score": 0.5}]
+    for limits in every_limit:
         proposed = repeating.propose(photo, **limits)
         described = repeating(photo, everything=True, tasks="tags", **limits)
         assert list(zip(proposed.boxes.tolist(), proposed.scores.tolist(), strict=True)) == found(described)
