@@ -59,6 +59,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"evaluation.data={json.dumps(data | {'samples': 2})}",
         f"model.language={folder / 'llama'}",
         "model.grids=[[1, 2]]",
+        "model.remember_pictures=false",
     ]
 
 
