@@ -25,6 +25,7 @@ from rich.table import Table
 
 from foveate.checkpoints import find_checkpoint
 from foveate.files import atomic_write
+from foveate.language.templates import IMAGE
 from foveate.methods.mg_llava.modeling import MGLlavaModel
 from foveate.methods.mg_llava.predictor import MGLlavaPredictor
 from foveate.training.conversations import SIZES
@@ -133,7 +134,7 @@ def overhead(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     pixels = torch.randint(0, 256, (256, 256, 3), generator=draw, dtype=torch.uint8).numpy()
     corners = torch.rand(options.boxes, 2, 2, generator=draw).sort(dim=1).values * 256
     picture = processor.picture(Image.fromarray(pixels), corners.flatten(1).numpy())
-    ids, _ = processor.encode([{"from": "human", "value": "<image>\nwhat colour is the car?"}])
+    ids = predictor.prompt_ids("what colour is the car?", IMAGE)
     rows: dict[str, Any] = {}
     for name, changes in VARIANTS.items():
         config = type(whole.config)(**whole.config.to_dict())
@@ -148,11 +149,10 @@ def overhead(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         inputs = model.assemble(torch.tensor([ids]), None, [seen.sequence(0)])
         read = lambda m=model, i=inputs: m.language_model(inputs_embeds=i.inputs_embeds, use_cache=True)  # noqa: E731
         cache = read().past_key_values
-        length = cache.get_seq_length()
 
-        def say(m: Any = model, c: Any = cache, n: int = length) -> None:
+        def say(m: Any = model, c: Any = cache) -> None:
             m.language_model(input_ids=torch.tensor([[5]]), past_key_values=c, use_cache=True)
-            c.crop(n)
+            c.crop(-1)
 
         rows[name] = {
             "tokens": inputs.inputs_embeds.shape[1],
