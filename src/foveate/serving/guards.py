@@ -85,7 +85,7 @@ class Guard:
                 if status:
                     raise
                 await JSONResponse(error.to_dict(), error.status, error.headers)(scope, receive, send_guarded)
-            except Exception:
+            except Exception:  # of any kind: who asked gets a sentence, the log the traceback
                 logger.exception("a request failed by a fault of the server")
                 if status:
                     raise

@@ -7,12 +7,14 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from foveate.checkpoints import WEIGHTS, find_checkpoint, read_config
 from foveate.errors import CheckpointError, InputError
@@ -44,19 +46,17 @@ class Classification:
         return {"labels": list(self.labels), "scores": [round(score, 6) for score in self.scores]}
 
 
-class VisionGRUPredictor:
-    """Classifies images. Calls change nothing in it, so that threads may share one.
+Model = TypeVar("Model", bound=PreTrainedModel)
+Processor = TypeVar("Processor")
 
-    Example:
-        >>> classify = foveate.load("out/vision-gru/checkpoint")
-        >>> classify("street.png", top=3).labels
-        ('car', 'truck', 'bus')
-    """
+
+class OnDevice(Generic[Model, Processor]):
+    """A network of this room in evaluation mode, with its processor; on a GPU and in float32 unless told otherwise."""
 
     def __init__(
         self,
-        model: VisionGRUForImageClassification,
-        processor: VisionGRUProcessor,
+        model: Model,
+        processor: Processor,
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -64,8 +64,31 @@ class VisionGRUPredictor:
         if device is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module: Any = model
-        self.model: VisionGRUForImageClassification = module.to(device, dtype or torch.float32).eval()
+        self.model: Model = module.to(device, dtype or torch.float32).eval()
         self.processor = processor
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of all classes, in the order of the logits."""
+        config: Any = self.model.config
+        return [(config.id2label or {}).get(index, f"class {index}") for index in range(config.num_labels)]
+
+
+def warn_of_the_world(folder: Path, instead: str) -> None:
+    """Warns the caller's caller where a model ships with the package."""
+    if folder.parent == WEIGHTS:
+        text = f"{folder.name} knows the rendered world only, nothing of photographs; for those, {instead}"
+        warnings.warn(text, stacklevel=3)
+
+
+class VisionGRUPredictor(OnDevice[VisionGRUForImageClassification, VisionGRUProcessor]):
+    """Classifies images. Calls change nothing in it, so that threads may share one.
+
+    Example:
+        >>> classify = foveate.load("out/vision-gru/checkpoint")
+        >>> classify("street.png", top=3).labels
+        ('car', 'truck', 'bus')
+    """
 
     @classmethod
     def from_pretrained(
@@ -88,19 +111,8 @@ class VisionGRUPredictor:
                 "or load it with transformers.AutoModel or AutoBackbone."
             )
         model = load_exactly(VisionGRUForImageClassification.from_pretrained, folder, what="the VisionGRU checkpoint")
-        if folder.parent == WEIGHTS:
-            warnings.warn(
-                f"{folder.name} knows the rendered world only, nothing of photographs; for those, convert the "
-                "official VisionGRU weights or train on photographs by a recipe",
-                stacklevel=2,
-            )
+        warn_of_the_world(folder, "convert the official VisionGRU weights or train on photographs by a recipe")
         return cls(model, VisionGRUProcessor.from_pretrained(folder), device=device, dtype=dtype)
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of all classes, in the order of the logits."""
-        config: Any = self.model.config
-        return [(config.id2label or {}).get(index, f"class {index}") for index in range(config.num_labels)]
 
     @overload
     def __call__(

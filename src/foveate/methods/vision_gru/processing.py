@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from foveate.checkpoints import find_checkpoint
 from foveate.errors import CheckpointError, InputError
 from foveate.files import atomic_write
 from foveate.vision.images import ImageSource, load_image
+
+Processor = TypeVar("Processor")
 
 PROCESSOR_FILE = "preprocessor_config.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -76,14 +79,7 @@ class VisionGRUProcessor:
         return to_pixels(picture.crop((left, top, left + side, top + side)))
 
     def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
-        content = {
-            "processor_class": "VisionGRUProcessor",
-            "image_size": self.image_size,
-            "image_mean": list(MEAN),
-            "image_std": list(STD),
-        }
-        with atomic_write(Path(folder) / PROCESSOR_FILE) as file:
-            json.dump(content, file, indent=2)
+        _save(self, folder, {"image_size": self.image_size})
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **_: Any) -> VisionGRUProcessor:
@@ -91,13 +87,7 @@ class VisionGRUProcessor:
         InputError: there is no such model.
         CheckpointError: the file of the processor is damaged, or for other pixels than this network's.
         """
-        content, path = _read_processor(name)
-        if content is None:
-            return cls()
-        try:
-            return cls(content.get("image_size", 224))
-        except InputError as error:
-            raise CheckpointError(f"{path} cannot be used ({error}); copy the checkpoint again.") from None
+        return _restored(cls, name, {"image_size": 224})
 
 
 class VisionGRUSceneProcessor:
@@ -127,15 +117,7 @@ class VisionGRUSceneProcessor:
         return to_pixels(picture.resize(sides, Image.Resampling.BILINEAR))
 
     def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
-        content = {
-            "processor_class": "VisionGRUSceneProcessor",
-            "short": self.short,
-            "long": self.long,
-            "image_mean": list(MEAN),
-            "image_std": list(STD),
-        }
-        with atomic_write(Path(folder) / PROCESSOR_FILE) as file:
-            json.dump(content, file, indent=2)
+        _save(self, folder, {"short": self.short, "long": self.long})
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **_: Any) -> VisionGRUSceneProcessor:
@@ -143,13 +125,29 @@ class VisionGRUSceneProcessor:
         InputError: there is no such model.
         CheckpointError: the file of the processor is damaged, or for other pixels than this network's.
         """
-        content, path = _read_processor(name)
-        if content is None:
-            return cls()
-        try:
-            return cls(content.get("short", 512), content.get("long", 2048))
-        except InputError as error:
-            raise CheckpointError(f"{path} cannot be used ({error}); copy the checkpoint again.") from None
+        return _restored(cls, name, {"short": 512, "long": 2048})
+
+
+def _save(processor: Any, folder: str | os.PathLike[str], settings: Mapping[str, int | None]) -> None:
+    content = {
+        "processor_class": type(processor).__name__,
+        **settings,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
+    with atomic_write(Path(folder) / PROCESSOR_FILE) as file:
+        json.dump(content, file, indent=2)
+
+
+def _restored(kind: Callable[..., Processor], name: str | os.PathLike[str], defaults: Mapping[str, int]) -> Processor:
+    """A processor with the settings of its file, as far as it has them; a fresh one where there is no file."""
+    content, path = _read_processor(name)
+    if content is None:
+        return kind()
+    try:
+        return kind(**{key: content.get(key, value) for key, value in defaults.items()})
+    except InputError as error:
+        raise CheckpointError(f"{path} cannot be used ({error}); copy the checkpoint again.") from None
 
 
 def _read_processor(name: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, Path]:

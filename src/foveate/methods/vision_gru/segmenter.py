@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.upernet.modeling_upernet import UperNetForSemanticSegmentation
 
-from foveate.checkpoints import WEIGHTS, find_checkpoint, read_config
+from foveate.checkpoints import find_checkpoint, read_config
 from foveate.errors import CheckpointError, InputError
 from foveate.language.pretrained import load_exactly
 from foveate.metrics.segmentation import IGNORE
@@ -25,6 +24,7 @@ from foveate.vision.images import ImageSource, load_image
 
 from .configuration import VisionGRUConfig
 from .modeling import add_head_dropout
+from .predictor import OnDevice, warn_of_the_world
 from .processing import VisionGRUSceneProcessor
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -82,7 +82,7 @@ class Segmentation:
         return paint(self.image, self.classes, len(self.labels))
 
 
-class VisionGRUSegmenter:
+class VisionGRUSegmenter(OnDevice[UperNetForSemanticSegmentation, VisionGRUSceneProcessor]):
     """Says the class of each pixel. Calls change nothing in it, so that threads may share one.
 
     Example:
@@ -90,20 +90,6 @@ class VisionGRUSegmenter:
         >>> segment("street.png").shares
         {'street': 0.61, 'car': 0.24, 'tree': 0.15}
     """
-
-    def __init__(
-        self,
-        model: UperNetForSemanticSegmentation,
-        processor: VisionGRUSceneProcessor,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if device is None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        module: Any = model
-        self.model: UperNetForSemanticSegmentation = module.to(device, dtype or torch.float32).eval()
-        self.processor = processor
 
     @classmethod
     def from_pretrained(
@@ -133,20 +119,9 @@ class VisionGRUSegmenter:
         model: Any = load_exactly(
             UperNetForSemanticSegmentation.from_pretrained, folder, what="the segmenter checkpoint"
         )
-        if folder.parent == WEIGHTS:
-            warnings.warn(
-                f"{folder.name} knows the rendered world only, nothing of photographs; for those, train on ADE20K by "
-                "recipes/vision_gru/ade20k.yaml",
-                stacklevel=2,
-            )
+        warn_of_the_world(folder, "train on ADE20K by recipes/vision_gru/ade20k.yaml")
         add_head_dropout(model)
         return cls(model, VisionGRUSceneProcessor.from_pretrained(folder), device=device, dtype=dtype)
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of all classes, in the order of the logits."""
-        config: Any = self.model.config
-        return [(config.id2label or {}).get(index, f"class {index}") for index in range(config.num_labels)]
 
     @overload
     def __call__(self, images: ImageSource, **options: Any) -> Segmentation: ...
