@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     results = []
     try:
-        for variant in options.only or VARIANTS:
+        for variant in (name for name in VARIANTS if not options.only or name in options.only):
             for seed in range(seeds):
                 with console.status(f"{VARIANTS[variant]}, seed {seed}") as status:
 

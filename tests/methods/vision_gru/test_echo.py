@@ -26,7 +26,6 @@ from foveate.methods.vision_gru.echo import (
     Accuracy,
     EchoModel,
     EchoResult,
-    Variant,
     draw_corners,
     draw_echoes,
     farthest,
@@ -109,7 +108,7 @@ def test_pictures() -> None:
 @pytest.mark.parametrize(
     ("variant", "parameters"), [("both", 75_037), ("forward", 75_037), ("local", 75_541), ("attention", 52_285)]
 )
-def test_parameters_are_the_specification_s(variant: Variant, parameters: int) -> None:
+def test_parameters_are_the_specification_s(variant: str, parameters: int) -> None:
     model = EchoModel(variant)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert model(torch.zeros(2, 3, 20, 33)).shape == (2, CLASSES, 20, 33)
@@ -170,7 +169,7 @@ def test_accuracy_counts_the_rectangles() -> None:
 # ----------------------------------------------------------------------------------------------------------- benchmark
 
 
-def made_up(variant: Variant, far: float, above: float, below: float, near: float) -> EchoResult:
+def made_up(variant: str, far: float, above: float, below: float, near: float) -> EchoResult:
     return EchoResult(variant, 0, 1, Accuracy(far, above, below, near), (1.0, 0.5), 1.0)
 
 

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,8 +33,8 @@ CLASS_WEIGHTS = (0.1, 1.0, 1.0, 1.0, 1.0)
 FAR, NEAR = 33, 4
 """Gaps in pixels: `far` is no smaller, `near` no larger."""
 
-Variant = Literal["both", "forward", "local", "attention"]
-VARIANTS: dict[Variant, str] = {
+
+VARIANTS = {
     "both": "both runs",
     "forward": "forward run only, twice the state",
     "local": "no scan",
@@ -138,7 +137,7 @@ class EchoModel(nn.Module):
         torch.Size([2, 5, 64, 64])
     """
 
-    def __init__(self, variant: Variant = "both", dim: int = 24, head: int = 32) -> None:
+    def __init__(self, variant: str = "both", dim: int = 24, head: int = 32) -> None:
         super().__init__()
         config = VisionGRUConfig(dim=dim, depths=[1, 1, 1, 1], mixer="both" if variant == "attention" else variant)
         block = AttentionBlock if variant == "attention" else Block
@@ -171,7 +170,7 @@ def reach(model: nn.Module, at: tuple[int, int], side: int = CANVAS) -> Tensor:
     return gradient[0].abs().amax(0) > 0
 
 
-def farthest(variant: Variant, side: int = 160) -> int:
+def farthest(variant: str, side: int = 160) -> int:
     """The largest distance along x or y, in pixels, of an input that the logits of a pixel depend on.
 
     Of eight pixels in the middle of a picture of `side` pixels, because it is not the same for all pixels of a token.
@@ -203,7 +202,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class EchoResult:
-    variant: Variant
+    variant: str
     seed: int
     parameters: int
     accuracy: Accuracy
@@ -212,7 +211,7 @@ class EchoResult:
 
 
 def train(
-    variant: Variant,
+    variant: str,
     seed: int = 0,
     steps: int = 800,
     *,
@@ -228,7 +227,7 @@ def train(
     torch.manual_seed(seed)
     draw = np.random.default_rng([seed, 0])
     model = EchoModel(variant)
-    settings = TrainingSettings(max_steps=steps, warmup_steps=min(50, steps // 2), schedule="cosine")
+    settings = TrainingSettings.model_validate({"max_steps": steps, "warmup_steps": min(50, steps // 2)})
     factor = learning_rate_factor(settings, steps, steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     weights = torch.tensor(CLASS_WEIGHTS)
@@ -271,7 +270,7 @@ def _right(model: nn.Module, echoes: Echoes) -> Tensor:
     return torch.cat(shares)
 
 
-def run(variant: Variant, seed: int, steps: int, report: Callable[[int, float], None]) -> EchoResult:
+def run(variant: str, seed: int, steps: int, report: Callable[[int, float], None]) -> EchoResult:
     """Trains and measures one model."""
     started = time.process_time()
     model, losses = train(variant, seed, steps, report=report)
