@@ -68,6 +68,19 @@ def test_any_size_gives_the_pyramid_of_rounded_up_sides(size: tuple[int, int]) -
     assert all(m.isfinite().all() for m in maps)
 
 
+@pytest.mark.parametrize("expansion", [1.0, 2.0])
+@pytest.mark.parametrize("side", [2, 5])
+def test_a_block_is_what_its_units_say(side: int, expansion: float) -> None:
+    """Fewer tokens than channels, and more: both ways of doing the two runs at once are the runs one by one."""
+    block = Block(8, tiny(expansion=expansion)).double()
+    x = torch.randn(1, side * side, 8, dtype=torch.float64)
+    image = block.norm(x).view(1, side, side, 8).permute(0, 3, 1, 2)
+    near = block.dw_conv(image).flatten(2).transpose(1, 2)
+    far = x + block.min_gru_1(near)[0] + block.min_gru_2(near, reverse=True)[0]
+    wanted = far + block.projection2(nn.functional.gelu(block.projection1(block.norm2(far))))
+    assert torch.allclose(block(x, (side, side)), wanted, rtol=0, atol=1e-12)
+
+
 def test_padding_of_odd_sides_is_zeros_below_and_right() -> None:
     """An image whose sides no stride divides is that image on a larger canvas of zeros, as far as convolutions see."""
     model = VisionGRUModel(tiny()).eval()

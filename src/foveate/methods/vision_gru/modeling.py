@@ -120,16 +120,23 @@ class Block(GradientCheckpointingLayer):
         return x + self._feed_forward(x)
 
     def _far(self, u: Tensor) -> Tensor:
-        """Both runs at once: one product into candidates and gates, one scan, one product that also sums them."""
+        """Both runs at once: one product into candidates and gates, one scan, one product that also sums them.
+
+        Joining the matrices for this is a copy of them, which counts where there are fewer tokens than channels, as in
+        the last stages of one small image; there the products are joined instead.
+        """
         if self.config.mixer != "both":
             return self.min_gru_1(u)[0] if self.config.mixer == "forward" else self.local(u)
-        inward = torch.cat([self.min_gru_1.to_hidden_and_gate.weight, self.min_gru_2.to_hidden_and_gate.weight])
-        h, _ = scan(F.linear(u, inward), None, [False, True], self.config.candidate)
-        if isinstance(self.min_gru_1.to_out, nn.Identity):
+        units = (self.min_gru_1, self.min_gru_2)
+        # A graph that is traced must not depend on the number of tokens.
+        few = not torch.compiler.is_compiling() and u.shape[0] * u.shape[1] < u.shape[2]
+        inward = [unit.to_hidden_and_gate.weight for unit in units]
+        pq = torch.cat([F.linear(u, weight) for weight in inward], 2) if few else F.linear(u, torch.cat(inward))
+        h, _ = scan(pq, None, [False, True], self.config.candidate)
+        if few or isinstance(self.min_gru_1.to_out, nn.Identity):
             first, second = h.chunk(2, 2)
-            return first + second
-        outward = [unit.to_out.weight for unit in (self.min_gru_1, self.min_gru_2)]
-        return F.linear(h, torch.cat(outward, 1))  # type: ignore[arg-type]
+            return self.min_gru_1.to_out(first) + self.min_gru_2.to_out(second)
+        return F.linear(h, torch.cat([unit.to_out.weight for unit in units], 1))  # type: ignore[arg-type]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.projection2(F.gelu(self.projection1(self.norm2(x))))
