@@ -8,6 +8,7 @@ import json
 import os
 import re
 import reprlib
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def find_checkpoint(name: str | os.PathLike[str]) -> Path:
     if len(folder.parts) > 1:
         raise InputError(f"there is no folder {folder}; {_known()}.")
     raise InputError(f"there is no model {text!r}{suggestion(text, shipped_models())}; {_known()}.")
+
+
+def warn_of_the_world(folder: Path, instead: str) -> None:
+    """Warns the caller's caller where a model ships with the package; `instead` says what to do for photographs."""
+    if folder.parent == WEIGHTS:
+        text = f"{folder.name} knows the rendered world only, nothing of photographs; for those, {instead}"
+        warnings.warn(text, stacklevel=3)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

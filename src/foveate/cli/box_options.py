@@ -83,9 +83,20 @@ class BoxChoice:
 
     @classmethod
     def of(cls, model: str, boxes: str | None, drawn: Sequence[Sequence[float]]) -> BoxChoice:
-        """What --boxes and --box of `ask` say; where they do not, a shipped model has its proposer."""
-        from foveate.checkpoints import shipped_models
+        """What --boxes and --box of `ask` say; where they do not, a shipped model has its proposer.
 
+        Raises:
+            InputError: there are boxes, for a model of transformers, which has no tokens of objects.
+        """
+        from foveate.checkpoints import find_checkpoint, read_config, shipped_models
+        from foveate.methods import HOSTS
+
+        if read_config(find_checkpoint(model)).get("model_type") in HOSTS:
+            if drawn or boxes not in (None, "none"):
+                raise InputError(
+                    f"{model} looks at no object by itself; leave --boxes and --box out, or ask an MG-LLaVA."
+                )
+            return cls()
         if drawn or boxes == "none":
             return cls(drawn=tuple(drawn))
         if boxes is None and model in shipped_models():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.checkpoints import WEIGHTS
+from foveate.checkpoints import warn_of_the_world
 from foveate.errors import CheckpointError, InputError
 from foveate.language.lm import check_tokenizer
 from foveate.language.pretrained import first_line
@@ -188,12 +187,7 @@ class DynReferPredictor:
                 f"{folder / PROCESSOR_FILE} has decoder_only {str(processor.decoder_only).lower()}, but the language "
                 f"model of config.json is a {config.language_config.model_type!r}; copy both again."
             )
-        if folder.parent == WEIGHTS:
-            warnings.warn(
-                f"{folder.name} knows the rendered world only, nothing of photographs; for those, convert the "
-                "official DynRefer weights or train on photographs by a recipe",
-                stacklevel=2,
-            )
+        warn_of_the_world(folder, "convert the official DynRefer weights or train on photographs by a recipe")
         return cls(model, processor, proposer=proposer, name=folder.name)
 
     # ---------------------------------------------------------------- public call

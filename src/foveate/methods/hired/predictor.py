@@ -23,7 +23,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from foveate.checkpoints import find_checkpoint, read_config
+from foveate.checkpoints import find_checkpoint, read_config, warn_of_the_world
 from foveate.errors import CheckpointError, InputError
 from foveate.language.chat import ChatPredictor, read_sampling, refuse_placeholders, with_placeholder
 from foveate.language.decoding import Sampling, TextStream
@@ -160,6 +160,7 @@ class LlavaPredictor(ChatPredictor):
                 f"the tokenizer of {folder} has {image} for {IMAGE}, and the model {model.config.image_token_id}; "
                 "copy both from one checkpoint."
             )
+        warn_of_the_world(folder, "give a LLaVA that has seen some, such as llava-hf/llava-v1.6-vicuna-7b-hf")
         return cls(model.to(device), image_processor, tokenizer, template, name=folder.name)
 
     # ---------------------------------------------------------------- public calls

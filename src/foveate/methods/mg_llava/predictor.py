@@ -7,7 +7,6 @@ questions of a call about the same picture; a conversation also keeps what the l
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.checkpoints import WEIGHTS
+from foveate.checkpoints import warn_of_the_world
 from foveate.errors import InputError
 from foveate.language.chat import ChatPredictor, read_sampling, with_placeholder
 from foveate.language.decoding import Sampling, TextStream
@@ -173,12 +172,7 @@ class MGLlavaPredictor(ChatPredictor):
         model = MGLlavaModel.from_pretrained(folder, dtype=dtype).to(device)
         processor = MGLlavaProcessor.from_pretrained(folder, config=model.config)
         check_tokenizer(processor.tokenizer, model.config.language_config.vocab_size, f"the tokenizer of {folder}")
-        if folder.parent == WEIGHTS:
-            warnings.warn(
-                f"{folder.name} knows the rendered world only, nothing of photographs; for those, convert the "
-                "official MG-LLaVA weights",
-                stacklevel=2,
-            )
+        warn_of_the_world(folder, "convert the official MG-LLaVA weights")
         return cls(model, processor, proposer=proposer, name=folder.name)
 
     # ---------------------------------------------------------------- public calls

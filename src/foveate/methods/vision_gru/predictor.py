@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -16,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foveate.checkpoints import WEIGHTS, find_checkpoint, read_config
+from foveate.checkpoints import find_checkpoint, read_config, warn_of_the_world
 from foveate.errors import CheckpointError, InputError
 from foveate.language.pretrained import load_exactly
 from foveate.vision.images import ImageSource
@@ -72,13 +70,6 @@ class OnDevice(Generic[Model, Processor]):
         """Names of all classes, in the order of the logits."""
         config: Any = self.model.config
         return [(config.id2label or {}).get(index, f"class {index}") for index in range(config.num_labels)]
-
-
-def warn_of_the_world(folder: Path, instead: str) -> None:
-    """Warns the caller's caller where a model ships with the package."""
-    if folder.parent == WEIGHTS:
-        text = f"{folder.name} knows the rendered world only, nothing of photographs; for those, {instead}"
-        warnings.warn(text, stacklevel=3)
 
 
 class VisionGRUPredictor(OnDevice[VisionGRUForImageClassification, VisionGRUProcessor]):

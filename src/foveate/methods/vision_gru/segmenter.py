@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.upernet.modeling_upernet import UperNetForSemanticSegmentation
 
-from foveate.checkpoints import find_checkpoint, read_config
+from foveate.checkpoints import find_checkpoint, read_config, warn_of_the_world
 from foveate.errors import CheckpointError, InputError
 from foveate.language.pretrained import load_exactly
 from foveate.metrics.segmentation import IGNORE
@@ -24,7 +24,7 @@ from foveate.vision.images import ImageSource, load_image
 
 from .configuration import VisionGRUConfig
 from .modeling import add_head_dropout
-from .predictor import OnDevice, warn_of_the_world
+from .predictor import OnDevice
 from .processing import VisionGRUSceneProcessor
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
