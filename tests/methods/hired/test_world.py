@@ -1,4 +1,4 @@
-"""The shipped LLaVA-NeXT, on scenes that no part was trained on: what HiRED keeps is worth more than what chance does."""
+"""The shipped LLaVA-NeXT on scenes that no part was trained on: what HiRED keeps tells more than what chance keeps."""
 
 from __future__ import annotations
 
