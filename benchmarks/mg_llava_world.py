@@ -108,7 +108,7 @@ def grains(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         x_names=names,
         size=(1500, 560),
     )
-    path = RESULTS / "mg_llava_grains.png"
+    path = options.out.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     console.print(f"picture: {path}")
@@ -184,14 +184,16 @@ def main() -> None:
     parser.add_argument("--model", default="mg-llava-world", help="the model of overhead")
     parser.add_argument("--boxes", type=int, default=20, help="boxes of the picture of overhead")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="JSON (default benchmarks/results/mg_llava_<what>.json)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON (default benchmarks/results/mg_llava_<what>.json); grains: .png beside it"
+    )
     options = parser.parse_args()
+    options.out = options.out or RESULTS / f"mg_llava_{options.what}.json"
     console = Console()
     result = (grains if options.what == "grains" else overhead)(options, console)
-    out = options.out or RESULTS / f"mg_llava_{options.what}.json"
-    with atomic_write(out) as file:
+    with atomic_write(options.out) as file:
         json.dump(result, file, indent=1)
-    console.print(f"figures: {out}")
+    console.print(f"figures: {options.out}")
 
 
 if __name__ == "__main__":
