@@ -24,7 +24,7 @@ from foveate.methods.vision_gru.losses import pixel_loss
 from foveate.methods.vision_gru.modeling import VisionGRUForImageClassification, build_upernet
 from foveate.methods.vision_gru.processing import VisionGRUProcessor, VisionGRUSceneProcessor, fitted_sides
 from foveate.methods.vision_gru.recipe import build
-from foveate.methods.vision_gru.segmentation import parameter_groups
+from foveate.methods.vision_gru.segmentation import class_weights, parameter_groups
 from foveate.methods.vision_gru.segmenter import VisionGRUSegmenter, paint
 from foveate.metrics.segmentation import SegmentationScore
 from foveate.training.recipes import load_recipe
@@ -209,6 +209,37 @@ def test_pixel_loss_by_hand() -> None:
     # Bilinear, not aligned at corners: of two columns made four, the second is 3/4 of the first and 1/4 of the other.
     wide = pixel_loss(logits, torch.tensor([[[255, 0, 255, 255]]])).item()
     assert wide == pytest.approx(np.log(1 + np.exp(-(1.5 - 0.25))))
+    # Weights count in the sum, not in the number of pixels.
+    mixed = pixel_loss(logits, torch.tensor([[[0, 1]]]), torch.tensor([0.5, 3.0])).item()
+    assert mixed == pytest.approx((0.5 * np.log(1 + np.exp(-2)) + 3 * np.log(1 + np.exp(-1))) / 2)
+
+
+def test_rare_classes_count_more(recipe: Path, scenes: Path, tmp_path: Path) -> None:
+    for kind in ("images", "annotations"):
+        (tmp_path / kind / "training").mkdir(parents=True)
+    (tmp_path / "objectInfo150.txt").write_text((scenes / "objectInfo150.txt").read_text())
+    numbers = np.ones((10, 10), np.uint8)  # 80 pixels of the first class, 5 of the second, none of the third
+    numbers[:1, :5], numbers[1:, :1], numbers[1, 1:7] = 2, 0, 0
+    Image.fromarray(numbers).save(tmp_path / "annotations/training/0.png")
+    Image.new("RGB", (10, 10)).save(tmp_path / "images/training/0.png")
+    shares = np.array([80 / 85, 5 / 85, 0])
+    wanted = np.array([80 / 85, 5 / 85, 0.05 / 3]) ** -0.5
+    found = class_weights(ADE20K(tmp_path, "training"), 0.5).numpy()
+    assert found == pytest.approx(wanted / (shares @ wanted), rel=1e-6)
+    assert shares @ found == pytest.approx(1)
+    # The recipe's setting reaches both heads, and is no part of what is saved.
+    task = build(load_recipe(recipe, ["segmenter.class_balance=1", "segmenter.auxiliary_weight=0.25"]))
+    weights = class_weights(ADE20K(scenes, "training"), 1.0)
+    sample = task.train_dataset[0]
+    pixels, labels = sample["pixel_values"][None], sample["labels"][None]
+    model: Any = task.model.eval()
+    with torch.no_grad():
+        losses = model(pixels, labels)["losses"]
+        output = model.network.backbone(pixels).feature_maps
+        decoded, auxiliary = model.network.decode_head(output), model.network.auxiliary_head(output)
+    assert losses["decoding"].item() == pytest.approx(pixel_loss(decoded, labels, weights).item(), rel=1e-5)
+    assert losses["auxiliary"].item() == pytest.approx(0.25 * pixel_loss(auxiliary, labels, weights).item(), rel=1e-5)
+    assert "class_weights" not in model.state_dict()
 
 
 def test_sides_that_fit() -> None:

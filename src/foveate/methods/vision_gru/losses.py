@@ -25,13 +25,14 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def pixel_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Cross-entropy, the mean over the pixels that have a label; 0 where none has (spec 3.2).
 
     Args:
         logits: (B, K, h, w), resized bilinearly to the labels' size.
         labels: (B, H, W) whole numbers, `IGNORE` for none.
+        class_weights: (K,), how much a pixel of each class counts; by default 1.
     """
     logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)

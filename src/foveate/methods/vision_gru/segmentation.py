@@ -76,6 +76,12 @@ class SegmenterSettings(RecipeSection):
     auxiliary_channels: int = Field(256, gt=0, le=65536)
     auxiliary_weight: float = Field(0.4, ge=0, description="of the auxiliary head's loss")
     dropout: float = Field(0.1, ge=0, lt=1, description="of whole channels, before both classifiers")
+    class_balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="power of 1 / share of a class, as which its pixels count; 0 is published: all alike",
+    )
     short_side: int = Field(512, gt=0, le=16384, description="pixels, of a scene as inference looks at it, at most")
     long_side: int = Field(2048, gt=0, le=16384)
     multi_scale: bool = Field(False, description="evaluate at six sizes with their mirror images, averaged")
@@ -123,9 +129,18 @@ class TrainingScenes(SeededDataset):
 class SegmenterTraining(AveragedTraining):
     """UPerNet and the moving average of its weights."""
 
-    def __init__(self, network: UperNetForSemanticSegmentation, decay: float, auxiliary_weight: float) -> None:
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        network: UperNetForSemanticSegmentation,
+        decay: float,
+        auxiliary_weight: float,
+        class_weights: Tensor | None = None,
+    ) -> None:
         super().__init__(network, decay)
         self.auxiliary_weight = auxiliary_weight
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Any]:
         if self.training:
@@ -133,10 +148,30 @@ class SegmenterTraining(AveragedTraining):
         network: Any = self.network
         maps = network.backbone(pixel_values).feature_maps
         losses = {
-            "decoding": pixel_loss(network.decode_head(maps), labels),
-            "auxiliary": self.auxiliary_weight * pixel_loss(network.auxiliary_head(maps), labels),
+            "decoding": pixel_loss(network.decode_head(maps), labels, self.class_weights),
+            "auxiliary": self.auxiliary_weight * pixel_loss(network.auxiliary_head(maps), labels, self.class_weights),
         }
         return {"loss": losses["decoding"] + losses["auxiliary"], "losses": losses}
+
+
+COUNTED_SCENES = 2000
+LEAST_SHARE = 0.05
+
+
+def class_weights(scenes: ADE20K, power: float) -> Tensor:
+    """(K,): share^-power of each class, so that what is rare is learnt too; their mean over all pixels is 1.
+
+    Shares are those of the pixels of up to `COUNTED_SCENES` scenes, evenly spaced. A class that has less than
+    `LEAST_SHARE` of an even share counts as if it had that.
+    """
+    number = len(scenes.classes)
+    counts = np.zeros(number)
+    for index in range(0, len(scenes), -(-len(scenes) // COUNTED_SCENES)):
+        labels = scenes.load(index)[1]
+        counts += np.bincount(labels[labels != IGNORE], minlength=number)
+    shares = counts / max(counts.sum(), 1)
+    weights = np.maximum(shares, LEAST_SHARE / number) ** -power
+    return torch.from_numpy(weights / (shares @ weights)).float()
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -181,7 +216,8 @@ def build_segmenter(recipe: VisionGRURecipe, config: VisionGRUConfig, backbone: 
     module: nn.Module = network
     if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # two images a device are too few (spec 3.2)
-    training = SegmenterTraining(module, recipe.model.ema_decay, settings.auxiliary_weight)  # type: ignore[arg-type]
+    weights = class_weights(scenes, settings.class_balance) if settings.class_balance else None
+    training = SegmenterTraining(module, recipe.model.ema_decay, settings.auxiliary_weight, weights)  # type: ignore[arg-type]
 
     def save(folder: Path) -> None:
         with training.averaged():
