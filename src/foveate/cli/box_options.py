@@ -88,10 +88,10 @@ class BoxChoice:
         Raises:
             InputError: there are boxes, for a model of transformers, which has no tokens of objects.
         """
-        from foveate.checkpoints import find_checkpoint, read_config, shipped_models
-        from foveate.methods import HOSTS
+        from foveate.checkpoints import find_checkpoint, shipped_models
+        from foveate.methods import looks_at_objects
 
-        if read_config(find_checkpoint(model)).get("model_type") in HOSTS:
+        if not looks_at_objects(find_checkpoint(model)):
             if drawn or boxes not in (None, "none"):
                 raise InputError(
                     f"{model} looks at no object by itself; leave --boxes and --box out, or ask an MG-LLaVA."

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,11 @@ def load(
         f"{os.fspath(name)} is a {model_type!r} model, a part that methods build on and not a method itself; "
         f"load it with transformers, or give a model of: {', '.join(ready) or ', '.join(METHODS)}."
     )
+
+
+def looks_at_objects(folder: Path) -> bool:
+    """Whether a model that answers questions has tokens of single objects, for which it wants boxes."""
+    return read_config(folder).get("model_type") not in HOSTS
 
 
 def _dropping(predictor: Any, keep_tokens: float | None) -> Any:

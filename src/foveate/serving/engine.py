@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.checkpoints import WEIGHTS, find_checkpoint, shipped_models
+from foveate.methods import looks_at_objects
 
 from .errors import ApiError, bad_request
 from .fairness import Turns
@@ -164,7 +165,7 @@ class Engine:
             folder = find_checkpoint(name)
             shown = folder.parent.name if folder.name == "checkpoint" else folder.name
             own = self.models[verb] = Served(shown, str(folder), folder.parent == WEIGHTS)
-            if verb == "ask" and own.world_only and verb not in settings.proposers:
+            if verb == "ask" and own.world_only and verb not in settings.proposers and looks_at_objects(folder):
                 proposers[verb] = "proposer-world"
         setup = {
             "names": {verb: own.folder for verb, own in self.models.items()},
