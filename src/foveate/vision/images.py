@@ -382,9 +382,7 @@ def rle_to_box(rle: dict[str, Any], *, size: tuple[int, int] | None = None) -> B
     starts, ends = ends[:-1][::2], ends[1::2]  # of the runs of 1, which are every second
     drawn = ends > starts
     if not drawn.any():
-        raise InputError(
-            f"The mask of shape {(height, width)} has no True pixel; give a mask that covers something."
-        )
+        raise InputError(f"The mask of shape {(height, width)} has no True pixel; give a mask that covers something.")
     first, last = starts[drawn], ends[drawn] - 1
     top, bottom = int((first % height).min()), int((last % height).max())
     if (first // height != last // height).any():  # it goes on at the top of the next column
