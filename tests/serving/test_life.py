@@ -94,6 +94,9 @@ def test_from_a_killed_worker_to_the_end(served: Any, scenes: list[dict[str, Any
     assert "event: done" in streamed.text
     assert served.process.wait(60) == 0
     assert not last.is_running()
+    log = served.log.read_text()
+    assert "Unknown child process" not in log
+    assert "Traceback" not in log
 
 
 def _is_listening(url: str) -> bool:
