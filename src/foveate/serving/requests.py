@@ -299,11 +299,9 @@ def _path(location: Sequence[str | int], given: Any, missing: bool) -> list[str]
     """The place of an error in what was given: without pydantic's names of alternatives."""
     path: list[str] = []
     for part in location:
-        if isinstance(given, dict if isinstance(part, str) else list):
-            try:
-                given = given[part]
-            except (LookupError, TypeError):
-                continue
+        listed = isinstance(given, list) and isinstance(part, int)
+        if listed or (isinstance(given, dict) and part in given):
+            given = given[part]
             path.append(str(part))
     return [*path, str(location[-1])] if missing else path
 
