@@ -343,6 +343,10 @@ def test_a_conversation_goes_on_and_a_seed_gives_the_same_draws(client: openai.O
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"best_of": 1}, "best_of"),
         ({"stop": ""}, "stop: string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "0.image_url.url: field",
+        ),
         ({"model": "gpt-4o"}, "no model 'gpt-4o'"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": [{"role": "user", "content": "x" * 30_000}]}, "30000 characters"),

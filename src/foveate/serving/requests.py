@@ -6,7 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -288,8 +288,11 @@ def _validated(schema: type[B], fields: Any) -> B:
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(_path(first["loc"], fields, first["type"] == "missing"))
+        found = error.errors(include_url=False, include_context=False)[:100]
+        # Of alternatives, the one that was meant is the one that went furthest.
+        paths = [_path(own["loc"], fields, own["type"] == "missing") for own in found]
+        first, path = max(zip(found, paths, strict=True), key=lambda own: len(own[1]))
+        where = ".".join(path)
         given = "" if first["type"] == "missing" else f", not {first['input']!r:.80}"
         said = f"{where or 'the body'}: {_first_line(first['msg'][:1].lower() + first['msg'][1:])}{given}"
         raise bad_request(f"{said}; see /docs.", where or None) from None
@@ -299,10 +302,13 @@ def _path(location: Sequence[str | int], given: Any, missing: bool) -> list[str]
     """The place of an error in what was given: without pydantic's names of alternatives."""
     path: list[str] = []
     for part in location:
-        listed = isinstance(given, list) and isinstance(part, int)
-        if listed or (isinstance(given, dict) and part in given):
-            given = given[part]
-            path.append(str(part))
+        if isinstance(given, dict):
+            if part not in given:
+                continue
+        elif not isinstance(given, list) or not isinstance(part, int):
+            continue
+        given = cast(Any, given)[part]
+        path.append(str(part))
     return [*path, str(location[-1])] if missing else path
 
 
