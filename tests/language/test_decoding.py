@@ -92,6 +92,7 @@ def test_repetition_penalty_and_sampling_follow_their_definitions() -> None:
     assert set(choose(temperature=1.0, top_p=0.6)) == {0}
     assert set(choose(temperature=1.0, top_p=0.8)) == {0, 1}
     assert set(choose(temperature=1.0, top_p=0.9)) == {0, 1, 3}
+    assert set(choose(temperature=1e-300)) == {0}
     assert choose(temperature=1.0, seed=3) == choose(temperature=1.0, seed=3)
     share = choose(temperature=1.0).count(0) / 200
     assert share == pytest.approx(0.64, abs=0.1)

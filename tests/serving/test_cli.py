@@ -47,6 +47,10 @@ def test_an_address_that_others_reach_needs_tokens(capsys: pytest.CaptureFixture
         (["--proposer", "ask=proposer-wrold"], "proposer-world"),
         (["--max-queue", "0"], "max_queue"),
         (["--request-timeout", "nan"], "request_timeout"),
+        (["--request-timeout", "inf"], "request_timeout"),
+        (["--upload-timeout", "inf"], "upload_timeout"),
+        (["--max-megabytes", "nan"], "--max-megabytes"),
+        (["--max-megapixels", "inf"], "--max-megapixels"),
         (["--port", "70000"], "70000"),
     ],
 )

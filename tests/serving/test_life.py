@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,20 @@ def test_from_a_killed_worker_to_the_end(served: Any, scenes: list[dict[str, Any
     for host in ("evil.example", "127.0.0.1.evil.example", "[::1", ""):
         assert served.client.get("/v1/models", headers={"Host": host}).status_code == 403
     assert served.client.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+
+    # Pictures of clients that went away while they wait to be read are not heaped up.
+    memory = served.metric("process_resident_memory_bytes")
+    body = b'{"image": "' + b"A" * (6 * 2**20) + b'"}'
+    head = "POST /v1/regions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with served.paused():
+        for _ in range(40):
+            with socket.create_connection((httpx.URL(served.url).host, httpx.URL(served.url).port or 0)) as raw:
+                raw.sendall(head.encode() + body)
+                served.until(lambda: served.metric("foveate_jobs") == 1)
+            served.until(lambda: served.metric("foveate_jobs") == 0)
+        assert served.metric("process_resident_memory_bytes") - memory < 120 * 2**20
+    assert describe().status_code == 200
 
     with ThreadPoolExecutor(2) as pool:
         killed = served.worker
@@ -79,6 +94,9 @@ def test_from_a_killed_worker_to_the_end(served: Any, scenes: list[dict[str, Any
     assert "event: done" in streamed.text
     assert served.process.wait(60) == 0
     assert not last.is_running()
+    log = served.log.read_text()
+    assert "Unknown child process" not in log
+    assert "Traceback" not in log
 
 
 def _is_listening(url: str) -> bool:

@@ -409,6 +409,45 @@ def test_html_stays_text(open_page: Any) -> None:
 
 
 @pytest.mark.browser
+def test_a_question_stays_with_its_picture_and_is_not_sent_where_it_is_too_large(
+    served: Served, open_page: Any
+) -> None:
+    page = open_page()
+    open_sample(page, 1)
+    page.get_by_role("tab", name="Ask").click()
+    question = page.get_by_label("Question", exact=True)
+    with served.paused():
+        question.fill("what is it?")
+        page.keyboard.press("Enter")
+        expecting(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+        open_sample(page, 2)
+        expecting(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
+        expecting(page.locator(".turn")).to_have_count(0)
+        expecting(question).to_have_value("")
+    # The file is within the limit, the question with it in base64 is not.
+    file = io.BytesIO()
+    Image.new("RGB", (680, 680), "teal").save(file, "BMP")  # 1.3 MiB, of the 1.5 that are taken
+    page.set_input_files("#file", {"name": "noise.bmp", "mimeType": "image/bmp", "buffer": file.getvalue()})
+    page.get_by_role("heading", name="noise.bmp").wait_for()
+    question.fill("what is it?")
+    page.keyboard.press("Enter")
+    expecting(page.get_by_role("alert")).to_contain_text("noise.bmp in a question has")
+    expecting(question).to_have_value("what is it?")
+
+
+@pytest.mark.browser
+def test_a_token_needs_no_storage(open_page: Any) -> None:
+    page = open_page(token=None)
+    page.add_init_script(
+        "Object.defineProperty(window, 'sessionStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
+    )
+    page.reload()
+    page.get_by_label("Bearer token").fill(TOKEN)
+    page.get_by_role("button", name="Use it").click()
+    page.locator(".sample").first.wait_for()
+
+
+@pytest.mark.browser
 def test_files_that_cannot_be_read_are_refused_in_a_sentence(open_page: Any) -> None:
     page = open_page()
     open_sample(page, 1)

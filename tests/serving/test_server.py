@@ -219,6 +219,60 @@ def test_the_share_of_tokens_and_the_boxes_are_those_that_were_asked_for(
     assert whole.usage.prompt_tokens - dropped.usage.prompt_tokens == kept["of"] - kept["kept"]
 
 
+def test_what_openais_clients_send_besides_is_taken(client: openai.OpenAI, scenes: Scenes) -> None:
+    assert [model.id for model in client.models.list()] == ["dynrefer-world", "tiny-asker"]
+    assert client.models.retrieve("tiny-asker").id == "tiny-asker"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4o'"):
+        client.models.retrieve("gpt-4o")
+    messages = question(scenes[0], "what is it?")
+    plain = client.chat.completions.create(model="tiny-asker", messages=messages, max_tokens=4)
+    defaults: Any = {
+        "frequency_penalty": 0,
+        "function_call": "none",
+        "functions": [],
+        "logit_bias": {},
+        "logprobs": False,
+        "modalities": ["text"],
+        "n": 1,
+        "parallel_tool_calls": True,
+        "presence_penalty": 0.0,
+        "prompt_cache_key": "a",
+        "response_format": {"type": "text"},
+        "safety_identifier": "b",
+        "stop": None,
+        "temperature": 0,
+        "tool_choice": "auto",
+        "tools": [],
+        "top_logprobs": 0,
+        "top_p": 1,
+        "user": "c",
+    }
+    same = client.chat.completions.create(model="tiny-asker", messages=messages, max_completion_tokens=4, **defaults)
+    assert same.choices[0].message.content == plain.choices[0].message.content
+    assert same.usage == plain.usage
+    # An answer goes back whole, as clients keep it.
+    said = plain.choices[0].message.model_dump()
+    more: Any = [*messages, said, {"role": "user", "content": "what colour?"}]
+    assert client.chat.completions.create(model="tiny-asker", messages=more, max_tokens=2).choices
+
+
+def test_what_comes_before_the_questions_is_read_with_the_first(
+    client: openai.OpenAI, scenes: Scenes, asker: Any
+) -> None:
+    import foveate
+
+    before: Any = [{"role": "system", "content": "be kind"}, {"role": "developer", "content": "be short"}]
+    messages = [*before, *question(scenes[0], "what is it?")]
+    answer: Any = client.chat.completions.create(model="tiny-asker", messages=messages, max_tokens=6)
+    picture = base64.b64decode(scenes[0]["image"].split(",")[1])
+    expected = foveate.load(asker, device="cpu").ask(picture, "be kind\nbe short\nwhat is it?", max_new_tokens=6)
+    assert answer.choices[0].message.content == expected.text
+    alone = client.chat.completions.create(
+        model="tiny-asker", messages=question(scenes[0], "be kind\nbe short\nwhat is it?"), max_tokens=6
+    )
+    assert answer.usage == alone.usage
+
+
 def test_questions_that_wait_are_answered_together_and_each_as_by_itself(
     server: Any, client: openai.OpenAI, scenes: Scenes
 ) -> None:
@@ -269,7 +323,12 @@ def test_a_conversation_goes_on_and_a_seed_gives_the_same_draws(client: openai.O
     [
         ({"messages": [{"role": "user", "content": "   "}]}, "has no question"),
         ({"messages": [{"role": "assistant", "content": "a dog"}]}, "the user first"),
-        ({"messages": [{"role": "system", "content": "be kind"}]}, "system"),
+        ({"messages": [{"role": "system", "content": "be kind"}]}, "the user's question"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "system", "content": "be kind"}]},
+            "a system message",
+        ),
+        ({"messages": [{"role": "tool", "content": "3", "tool_call_id": "a"}]}, "tool"),
         ({"keep": 0}, "keep"),
         ({"keep": 1.5}, "keep"),
         ({"n": 2}, "n:"),
@@ -277,7 +336,17 @@ def test_a_conversation_goes_on_and_a_seed_gives_the_same_draws(client: openai.O
         ({"max_tokens": 4, "max_completion_tokens": 4}, "old name"),
         ({"max_tokens": 100_000}, "100000 new tokens"),
         ({"boxes": [[0, 0, 5000, 5]]}, "5000"),
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"best_of": 1}, "best_of"),
+        ({"stop": ""}, "stop: string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "0.image_url.url: field",
+        ),
         ({"model": "gpt-4o"}, "no model 'gpt-4o'"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": [{"role": "user", "content": "x" * 30_000}]}, "30000 characters"),
@@ -431,6 +500,7 @@ def test_the_page_its_description_and_its_health_need_no_token(server: Any) -> N
         {"Origin": "https://evil.example"},
         {"Origin": "http://127.0.0.1"},
         {"Origin": "null"},
+        {"Origin": "http://[not-an-address"},
         {"Host": "evil.example", "Origin": "http://localhost"},
     ],
 )
@@ -464,6 +534,7 @@ def test_no_file_beside_the_page_is_read(server: Any, path: str) -> None:
         (b'{"image": "\xff"}', "not JSON"),
         (b'{"image": "\\ud800"}', "not JSON"),
         (b"[]", "an object"),
+        (b'{"image": "aGk=", "boxes": [' + b"0," * 1_000_000 + b"0]}", "1000003 values"),
         (b'{"image": 3}', "an object"),
         (b'{"image": "a b"}', "base64"),
         (b'{"image": "aGk="}', "not an image"),
@@ -487,6 +558,9 @@ def test_a_body_that_cannot_be_read_says_why(server: Any, body: bytes, said: str
         ({"boxes": [[0, 0, 5, 500]]}, "500"),
         ({"masks": [{"size": [4, 4], "counts": "0" * 40}]}, "RLE"),
         ({"masks": [{"size": [30, 40], "counts": [1200]}]}, "no True pixel"),
+        ({"masks": [{"size": [30, 40], "counts": [10**4299] * 20}]}, "2^40"),
+        ({"masks": [{"size": [30, 40], "counts": "1" * 600_000}] * 2}, "1200000 values"),
+        ({"classes": [f"w{number}" for number in range(2001)]}, "classes"),
         ({"classes": ["x" * 400] * 60}, "characters"),
         ({"classes": ["dog", "dog"]}, "twice"),
         ({"classes": ["word " * 90]}, "tokens"),
@@ -530,6 +604,15 @@ def test_pictures_are_bounded(server: Any) -> None:
             "multipart/form-data; boundary=x",
             b"--x\r\nContent-Disposition: form-data\r\n\r\nhi\r\n--x--\r\n",
             "cannot be read",
+        ),
+        (
+            "multipart/form-data; boundary=x",
+            b"".join(
+                b'--x\r\nContent-Disposition: form-data; name="' + name + b'"\r\n\r\n[' + b"0," * 500_000 + b"0]\r\n"
+                for name in (b"boxes", b"masks")
+            )
+            + b"--x--\r\n",
+            "1000002 values",
         ),
     ],
 )
@@ -575,6 +658,19 @@ def test_who_sends_too_slowly_is_cut_off(server: Any, part: str) -> None:
         if part != "nothing":
             assert b" 408 " in answer.splitlines()[0]
             assert b'"slow"' in answer
+
+
+def test_who_goes_away_while_sending_is_no_fault_of_the_server(server: Any) -> None:
+    url = httpx.URL(server.url)
+    counted = 'foveate_requests_total{route="/v1/regions",status="499"}'
+    before = server.metric(counted)
+    head = "POST /v1/regions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n"
+    head += f"Authorization: {server.client.headers['authorization']}\r\n"
+    for kind in ("application/json", "multipart/form-data; boundary=x"):
+        with socket.create_connection((url.host, url.port or 0)) as raw:
+            raw.sendall(f"{head}Content-Type: {kind}\r\n\r\n--x".encode())
+    server.until(lambda: server.metric(counted) == before + 2)
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_who_does_not_read_the_answers_is_cut_off(server: Any) -> None:

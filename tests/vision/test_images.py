@@ -27,6 +27,7 @@ from foveate.vision.images import (
     load_mask,
     mask_to_box,
     polygons_to_box,
+    rle_to_box,
     to_array,
 )
 
@@ -453,12 +454,22 @@ class TestMasks:
         height, width = mask.shape
         np.testing.assert_array_equal(decode_rle(encode_rle(mask), size=(height, width)), mask)
         if mask.any():
+            assert rle_to_box(encode_rle(mask), size=(height, width)) == mask_to_box(mask)
             x1, y1, x2, y2 = map(int, mask_to_box(mask))
             assert mask[y1:y2, x1:x2].sum() == mask.sum()
             assert mask[y1].any()
             assert mask[y2 - 1].any()
             assert mask[:, x1].any()
             assert mask[:, x2 - 1].any()
+
+    def test_box_of_runs(self) -> None:
+        assert rle_to_box({"size": [3, 4], "counts": "41211"}) == (1.0, 1.0, 3.0, 3.0)
+        # a run from the foot of the second column to the head of the third, beside runs of nothing
+        assert rle_to_box({"size": [3, 4], "counts": [0, 0, 5, 2, 5, 0]}) == (1.0, 0.0, 3.0, 3.0)
+        with pytest.raises(InputError, match="no True pixel"):
+            rle_to_box({"size": [3, 4], "counts": [5, 0, 7]})
+        with pytest.raises(InputError, match=r"RLE is 3x4 .* image is 4x3"):
+            rle_to_box({"size": [3, 4], "counts": [6, 6]}, size=(4, 3))
 
     def test_long_runs_round_trip(self) -> None:
         mask = np.zeros((700, 900), bool)
@@ -478,6 +489,7 @@ class TestMasks:
             ({"size": [3, 4], "counts": [13]}, "add up to 13"),
             ({"size": [3, 4], "counts": [14, -2]}, "smallest -2"),
             ({"size": [3, 4], "counts": []}, "add up to 0"),
+            ({"size": [3, 4], "counts": [10**4299] * 20}, "more than 2\\^40"),
             ({"size": [3, 4], "counts": [12.0]}, "string or a list of integers"),
             ({"size": [3, 4], "counts": None}, "string or a list of integers"),
             ({"size": [3, 4], "counts": "4121"}, "add up to 9 .* needs 12"),

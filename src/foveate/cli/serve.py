@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -93,8 +94,8 @@ def serve(
             port=port,
             tokens=() if token_file is None else read_tokens(token_file),
             insecure=insecure,
-            max_request_bytes=round(max_megabytes * _MIB),
-            max_pixels=round(max_megapixels * 1e6),
+            max_request_bytes=_whole(max_megabytes * _MIB, "--max-megabytes"),
+            max_pixels=_whole(max_megapixels * 1e6, "--max-megapixels"),
             max_boxes=max_boxes,
             max_new_tokens=max_new_tokens,
             max_queue=max_queue,
@@ -104,6 +105,12 @@ def serve(
             upload_timeout=upload_timeout,
         )
     )
+
+
+def _whole(value: float, option: str) -> int:
+    if not math.isfinite(value):
+        raise InputError(f"{option} must be a number, not {value}.")
+    return round(value)
 
 
 def _by_verb(given: list[str] | None, option: str) -> dict[str, str]:

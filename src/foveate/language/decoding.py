@@ -25,6 +25,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.01, 100.0),
     "seed": (0, 2**63 - 1),
 }
+_COLDEST = 1e-5
+"""Temperature below which answers are greedy but for ties, and logits divided by it would overflow."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -135,7 +137,7 @@ class TokenStream:
             logits = logits.scatter(1, given, penalised)
         if how.temperature == 0:
             return logits.argmax(dim=-1)
-        logits = logits / how.temperature
+        logits = logits / max(how.temperature, _COLDEST)
         if 0 < how.top_k < logits.shape[-1]:
             least = logits.topk(how.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

@@ -33,6 +33,7 @@ from .schemas import (
     EverythingBody,
     EverythingRequest,
     ModelList,
+    ModelOut,
     RegionsBody,
     RegionsRequest,
     RegionsResponse,
@@ -120,7 +121,7 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
     )
     async def regions(request: Request) -> Response:
         """Describe regions of a picture: caption, tags, attributes, category, each with its probability."""
-        body, picture = await read_picture_request(request, RegionsBody)
+        body, picture = await read_picture_request(request, RegionsBody, settings)
         return await describe(request, body, picture, "regions")
 
     @app.post(
@@ -132,7 +133,7 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
     )
     async def everything(request: Request) -> Response:
         """Find the regions of a picture and describe them, the surest first."""
-        body, picture = await read_picture_request(request, EverythingBody)
+        body, picture = await read_picture_request(request, EverythingBody, settings)
         return await describe(request, body, picture, "everything")
 
     @app.post(
@@ -144,7 +145,7 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
     )
     async def chat(request: Request) -> Response:
         """Answer a question about a picture, in the form of OpenAI's API."""
-        body = await read_json(request, ChatRequest)
+        body = await read_json(request, ChatRequest, settings)
         if body.stream_options is not None and not body.stream:
             raise bad_request("stream_options belong to stream: true; give both or neither.", "stream_options")
         model = engine.model("ask", body.model)
@@ -161,10 +162,8 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
                     return JSONResponse(_completion(head, data))
         raise AssertionError("the last event is done")
 
-    @app.get("/v1/models", response_model=ModelList, responses=_ERRORS, tags=["server"])
-    async def models() -> Response:
-        """Which model answers which verb, and what it knows."""
-        listed = [
+    def listed_models() -> list[dict[str, Any]]:
+        return [
             {
                 "id": own.name,
                 "object": "model",
@@ -178,6 +177,10 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
             }
             for verb, own in engine.models.items()
         ]
+
+    @app.get("/v1/models", response_model=ModelList, responses=_ERRORS, tags=["server"])
+    async def models() -> Response:
+        """Which model answers which verb, and what it knows."""
         limits = {
             name: getattr(settings, name)
             for name in (
@@ -185,12 +188,21 @@ def _add_routes(app: FastAPI, engine: Engine, settings: Settings) -> None:
                 "max_pixels",
                 "max_boxes",
                 "max_text",
+                "max_values",
                 "max_new_tokens",
                 "max_view_regions",
                 "request_timeout",
             )
         }
-        return JSONResponse({"object": "list", "data": listed, "limits": limits})
+        return JSONResponse({"object": "list", "data": listed_models(), "limits": limits})
+
+    @app.get("/v1/models/{name}", response_model=ModelOut, responses=_ERRORS, tags=["server"])
+    async def model(name: str) -> Response:
+        """One of the models."""
+        for own in listed_models():
+            if own["id"] == name:
+                return JSONResponse(own)
+        raise ApiError(404, f"this server has no model {name[:80]!r}; see /v1/models.", "model_not_found")
 
     @app.get("/v1/samples", response_model=SampleList, responses=_ERRORS, tags=["server"])
     async def sample_pictures() -> Response:

@@ -309,6 +309,7 @@ class Lane:
         self._setup = setup
         self._device = setup["device"] or "default"
         self._groups: dict[str, _Group] = {}
+        self._given_up: dict[str, int] = {}  # pixels of pictures that the worker still reads for nobody
         self._worker: WorkerProcess | None = None
         self._wake = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -380,15 +381,19 @@ class Lane:
                 headers={"Retry-After": "1"},
             )
             self.drop(job, lost, "worker")
+        self._given_up.clear()
 
     def _heard(self, message: dict[str, Any]) -> None:
         job = self.jobs.get(message["job"])
         kind = message["is"]
-        if kind == "opened" and job is None:  # given up meanwhile
+        if kind in ("opened", "refused") and job is None:  # given up meanwhile
+            self._given_up.pop(message["job"], None)
             self._post_close(message["job"])
+            self._open_more()
         elif kind == "opened" and job is not None:
             self._opened(job, message)
         elif kind == "refused" and job is not None:
+            job.state = "ready"  # the worker is done with its picture
             self.drop(job, _api_error(CallFailed(**message["error"])), "input")
         elif kind == "piece" and job is not None:
             job.events.put_nowait(("piece", {"text": message["text"]}))
@@ -408,7 +413,9 @@ class Lane:
             self._end(job, ("error", error))
 
     def _end(self, job: Job, event: tuple[str, Any]) -> None:
-        if job.state not in ("waiting", "opening"):  # of one that is being opened, when it is
+        if job.state == "opening":  # it is closed when it is open, and takes room in the worker until then
+            self._given_up[job.name] = job.pixels
+        elif job.state != "waiting":
             self._post_close(job.name)
         job.state = "over"
         job.picture = b""
@@ -429,8 +436,8 @@ class Lane:
             return
         opened = [job for job in self.jobs.values() if job.state != "waiting"]
         waiting = [job for job in self.jobs.values() if job.state == "waiting"]
-        pixels = sum(job.pixels for job in opened)
-        count = len(opened)
+        pixels = sum(job.pixels for job in opened) + sum(self._given_up.values())
+        count = len(opened) + len(self._given_up)
         while waiting and count < _OPEN_JOBS and (not count or pixels + self.settings.max_pixels <= _OPEN_PIXELS):
             job = self.turns.first(waiting)
             assert job is not None
@@ -496,6 +503,10 @@ class Lane:
                 else:
                     await self._ask(worker, leader)
             except WorkerGone:
+                return
+            except Exception:  # by which nothing would run any more, and nobody would say so
+                logger.exception("the work of device %s failed by a fault of the server", self._device)
+                worker.kill()
                 return
 
     def _leader(self) -> Job | None:

@@ -11,6 +11,7 @@ import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -85,6 +86,8 @@ class Guard:
                 if status:
                     raise
                 await JSONResponse(error.to_dict(), error.status, error.headers)(scope, receive, send_guarded)
+            except ClientDisconnect:
+                status = status or 499  # which nobody hears
             except Exception:  # of any kind: who asked gets a sentence, the log the traceback
                 logger.exception("a request failed by a fault of the server")
                 if status:
@@ -104,7 +107,7 @@ class Guard:
                 403, f"the host is {host[:80]!r}, and this server is for this machine only; use localhost.", "host"
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place(origin) != host:
             raise ApiError(403, f"requests of pages from {origin[:80]!r} are not answered.", "origin")
 
     def _check_token(self, headers: Headers) -> str | None:
@@ -191,3 +194,10 @@ def _name(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:  # such as an IPv6 address that is none
         return ""
+
+
+def _place(url: str) -> str | None:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import InputError
-from foveate.vision.images import decode_rle, load_image, mask_to_box
+from foveate.vision.images import load_image, rle_to_box
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def _boxes(image: Image.Image, boxes: Any, masks: Any) -> np.ndarray:
     if boxes is not None:
         parts.append(validate_boxes(boxes, image_size=(height, width)).numpy().astype(np.float32))
     if masks:
-        drawn = [mask_to_box(decode_rle(mask, size=(height, width))) for mask in masks]
+        drawn = [rle_to_box(mask, size=(height, width)) for mask in masks]
         parts.append(np.array(drawn, dtype=np.float32))
     return np.concatenate(parts)
 

@@ -122,9 +122,15 @@ class WorkerProcess:
             pass
         except Exception:  # what it says cannot be trusted any more
             logger.exception("the worker said something that is not understood")
-        finally:
             self.kill()
-            await self._process.wait()
+        finally:
+            # Killing one that has ended already would take its exit code from asyncio, which warns of that.
+            try:
+                async with asyncio.timeout(_SECONDS_TO_END):
+                    await self._process.wait()
+            except TimeoutError:
+                self.kill()
+                await self._process.wait()
             self.gone.set()
             if not self.ready.done():
                 self.ready.set_exception(WorkerGone("its process ended"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -13,7 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from .errors import ApiError, bad_request
-from .schemas import Body, ChatRequest, DescribeBody, EverythingBody, ImagePart, RegionsBody
+from .schemas import Body, ChatRequest, DescribeBody, EverythingBody, ImagePart, RegionsBody, SystemMessage
 from .settings import Settings
 
 B = TypeVar("B", bound=Body)
@@ -22,7 +23,7 @@ _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 _FIELDS_OF_A_FORM = 64
 
 
-async def read_json(request: Request, schema: type[B]) -> B:
+async def read_json(request: Request, schema: type[B], settings: Settings) -> B:
     """The body of a JSON request.
 
     Raises:
@@ -31,10 +32,10 @@ async def read_json(request: Request, schema: type[B]) -> B:
     kind = content_type(request)
     if kind != "application/json":
         raise ApiError(415, f"the content type is {kind[:80]!r}; send application/json.", "content_type")
-    return _validated(schema, _parsed(await request.body()))
+    return _validated(schema, _parsed(await request.body(), settings))
 
 
-async def read_picture_request(request: Request, schema: type[B]) -> tuple[B, bytes]:
+async def read_picture_request(request: Request, schema: type[B], settings: Settings) -> tuple[B, bytes]:
     """The body of a request with a picture, and the picture's bytes: JSON with base64, or multipart/form-data with the
     part `image` and the other fields as JSON texts.
 
@@ -43,7 +44,7 @@ async def read_picture_request(request: Request, schema: type[B]) -> tuple[B, by
     """
     kind = content_type(request)
     if kind == "application/json":
-        fields = _parsed(await request.body())
+        fields = _parsed(await request.body(), settings)
         if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
             raise bad_request("the body must be an object with image, a base64 text or data: URL.", "image")
         picture = decode_picture(fields.pop("image"), "image")
@@ -61,6 +62,7 @@ async def read_picture_request(request: Request, schema: type[B]) -> tuple[B, by
         reason = _first_line(getattr(error, "detail", error))
         raise bad_request(f"the multipart body cannot be read ({reason}); send it anew.") from None
     try:
+        _check_values([value for _, value in form.multi_items() if isinstance(value, str)], settings)
         for name, value in form.multi_items():
             if name in fields or (name == "image" and picture is not None):
                 raise bad_request(f"the form has {name[:80]!r} twice; send each field once.", name[:80])
@@ -127,6 +129,9 @@ def describe_spec(body: DescribeBody, settings: Settings) -> dict[str, Any]:
                 "boxes",
                 "too_many_boxes",
             )
+        runs = sum(len(mask.counts) for mask in body.masks or ())
+        if runs > settings.max_values:
+            raise _too_many(runs, settings)
         if body.boxes is None and body.masks is None:
             count = 1
         spec["kind"] = "regions"
@@ -159,21 +164,29 @@ def chat_spec(body: ChatRequest, settings: Settings) -> tuple[dict[str, Any], by
     picture = b""
     turns: list[tuple[str, str]] = []
     asked: str | None = None
+    before: list[str] = []
     for number, message in enumerate(body.messages):
         param = f"messages[{number}]"
+        if isinstance(message, SystemMessage):
+            if turns or asked is not None:
+                raise bad_request(f"a {message.role} message comes before the first question; move it there.", param)
+            before.append(_said(message.content, param)[0])
+            continue
         if (message.role == "user") != (asked is None):
             raise bad_request("user and assistant must take turns, the user first.", param)
         text, pictures = _said(message.content, param)
         if message.role == "user":
             if not text.strip():
                 raise bad_request(f"{param} has no question; give it a text.", param)
-            if pictures and (number or len(pictures) > 1):
+            if pictures and (turns or len(pictures) > 1):
                 raise bad_request(
                     "one picture is looked at, and it belongs to the first message; leave the others out.", param
                 )
             if pictures:
                 picture = pictures[0]
-            asked = text
+            # The models' templates have no place for what comes before.
+            asked = "\n".join(part for part in (*before, text) if part.strip())
+            before = []
         else:
             assert asked is not None
             turns.append((asked, text))
@@ -237,7 +250,26 @@ def _check_text(texts: list[str], settings: Settings) -> None:
         )
 
 
-def _parsed(body: bytes) -> Any:
+def _check_values(texts: Sequence[bytes] | Sequence[str], settings: Settings) -> None:
+    """What is JSON in a request is parsed on the event loop, where a body that is all small values would stop it for
+    seconds. Separators are counted beforehand; a picture in base64 has none."""
+    marks: Any = (b",", b"[", b"{") if texts and isinstance(texts[0], bytes) else (",", "[", "{")
+    count = sum(text.count(mark) for text in texts for mark in marks)
+    if count > settings.max_values:
+        raise _too_many(count, settings)
+
+
+def _too_many(count: int, settings: Settings) -> ApiError:
+    return bad_request(
+        f"the request has {count} values, more than the {settings.max_values} that this server takes; give fewer "
+        "boxes or masks at a time, and masks in COCO's compressed form.",
+        None,
+        "too_many_values",
+    )
+
+
+def _parsed(body: bytes, settings: Settings) -> Any:
+    _check_values([body], settings)
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -256,11 +288,28 @@ def _validated(schema: type[B], fields: Any) -> B:
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        found = error.errors(include_url=False, include_context=False)[:100]
+        # Of alternatives, the one that was meant is the one that went furthest.
+        paths = [_path(own["loc"], fields, own["type"] == "missing") for own in found]
+        first, path = max(zip(found, paths, strict=True), key=lambda own: len(own[1]))
+        where = ".".join(path)
         given = "" if first["type"] == "missing" else f", not {first['input']!r:.80}"
         said = f"{where or 'the body'}: {_first_line(first['msg'][:1].lower() + first['msg'][1:])}{given}"
         raise bad_request(f"{said}; see /docs.", where or None) from None
+
+
+def _path(location: Sequence[str | int], given: Any, missing: bool) -> list[str]:
+    """The place of an error in what was given: without pydantic's names of alternatives."""
+    path: list[str] = []
+    for part in location:
+        if isinstance(given, dict):
+            if part not in given:
+                continue
+        elif not isinstance(given, list) or not isinstance(part, int):
+            continue
+        given = cast(Any, given)[part]
+        path.append(str(part))
+    return [*path, str(location[-1])] if missing else path
 
 
 def _first_line(error: object) -> str:

@@ -11,6 +11,8 @@ Task = Literal["caption", "tags", "attributes", "category"]
 Box = Annotated[list[FiniteFloat], Len(4, 4)]
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Word = Annotated[str, Field(min_length=1, max_length=500)]
+Zero = Annotated[FiniteFloat, Field(ge=0, le=0)]
+Nothing = Annotated[list[Any], Len(0, 0)]
 
 
 class Body(BaseModel):
@@ -30,7 +32,7 @@ class DescribeBody(Body):
     """What `/v1/regions` and `/v1/everything` have in common."""
 
     model: str | None = Field(None, description="must be the describing model of `/v1/models`, if it is given")
-    tasks: Annotated[list[Task], Len(1)] = Field(["caption", "tags", "attributes", "category"])
+    tasks: Annotated[list[Task], Len(1, 4)] = Field(["caption", "tags", "attributes", "category"])
     view_policy: Literal["task", "auto", "official", "pairwise", "median"] | Annotated[list[Fraction], Len(1, 8)] = (
         Field(
             "task",
@@ -38,7 +40,7 @@ class DescribeBody(Body):
             "coefficients from 0 (the region) to 1 (the whole image)",
         )
     )
-    classes: Annotated[list[Word], Len(1)] | None = Field(None, description="categories to choose from")
+    classes: Annotated[list[Word], Len(1, 2000)] | None = Field(None, description="categories to choose from")
     controls: list[Word] = Field([], description="words that captions should use")
     num_beams: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="beam width of captions; 1 is greedy")
     views: bool = Field(False, description="give the views that the model looked at as PNG data URLs")
@@ -104,6 +106,14 @@ class ImagePart(Body):
     image_url: ImageUrl
 
 
+class SystemMessage(Body):
+    """What goes before the first question, in its text: the models' templates have no other place for it."""
+
+    role: Literal["system", "developer"]
+    content: str | Annotated[list[TextPart], Len(1)]
+    name: str | None = None
+
+
 class UserMessage(Body):
     """A question. The picture belongs to the first."""
 
@@ -119,19 +129,33 @@ class AssistantMessage(Body):
     content: str | Annotated[list[TextPart], Len(1)]
     name: str | None = None
     refusal: None = None
+    annotations: Nothing | None = Field(None, description="as the next three, in answers that are sent back whole")
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing | None = None
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(Body):
     """Of a streamed answer."""
 
     include_usage: bool = False
+    include_obfuscation: bool | None = Field(None, description="taken, and without effect")
+
+
+class ResponseFormat(Body):
+    """Of an answer."""
+
+    type: Literal["text"]
 
 
 class ChatRequest(Body):
     """`POST /v1/chat/completions`."""
 
     model: str | None = Field(None, description="must be the asking model of `/v1/models`, if it is given")
-    messages: Annotated[list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]], Len(1, 64)]
+    messages: Annotated[list[ChatMessage], Len(1, 64)]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -147,10 +171,24 @@ class ChatRequest(Body):
     boxes: list[Box] | None = Field(
         None, description="objects to look at one by one, xyxy pixels; [] for none, null for those that are found"
     )
-    user: str | None = Field(None, description="taken, and without effect, as are store, metadata and service_tier")
+    user: str | None = Field(None, description="taken, and without effect, as all that follow")
     store: bool | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+    frequency_penalty: Zero | None = Field(None, description="0, as the next; nothing else is known")
+    presence_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Len(0, 0)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Zero | None = None
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Len(1, 1)] | None = None
+    tools: Nothing | None = Field(None, description="no model here calls any")
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

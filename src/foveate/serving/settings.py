@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Settings:
         max_pixels: most pixels of a picture.
         max_boxes: most boxes and masks of a request.
         max_text: most characters of a request's texts together.
+        max_values: most values of a request's JSON, and most characters or runs of its masks, together.
         max_new_tokens: most tokens of an answer.
         max_view_regions: most regions of a request whose views are wanted as pictures.
         max_queue: most requests that wait or run; another gets 429.
@@ -55,6 +57,7 @@ class Settings:
     max_pixels: int = 16_000_000
     max_boxes: int = 5000
     max_text: int = 20_000
+    max_values: int = 1_000_000
     max_new_tokens: int = 1024
     max_view_regions: int = 100
     max_queue: int = 128
@@ -75,6 +78,7 @@ class Settings:
             "max_pixels",
             "max_boxes",
             "max_text",
+            "max_values",
             "max_new_tokens",
             "max_view_regions",
             "max_queue",
@@ -85,8 +89,8 @@ class Settings:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("request_timeout", "upload_timeout"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0 seconds, not {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number of seconds above 0, not {getattr(self, name)}.")
         if not 0 <= self.batch_delay <= 10:
             raise InputError(f"batch_delay must be from 0 to 10 seconds, not {self.batch_delay}.")
         if not 0 <= self.port <= 65535:

@@ -17,10 +17,26 @@ export class ApiError extends Error {
   }
 }
 
+let kept = null; // where storage is forbidden
+
+function storage() {
+  try {
+    return sessionStorage;
+  } catch {
+    return null;
+  }
+}
+
 export const token = {
-  get: () => sessionStorage.getItem(TOKEN),
-  set: (value) => sessionStorage.setItem(TOKEN, value),
-  drop: () => sessionStorage.removeItem(TOKEN),
+  get: () => storage()?.getItem(TOKEN) ?? kept,
+  set(value) {
+    kept = value;
+    storage()?.setItem(TOKEN, value);
+  },
+  drop() {
+    kept = null;
+    storage()?.removeItem(TOKEN);
+  },
 };
 
 let askForToken = async () => null;

@@ -24,6 +24,14 @@ const page = {
   answered(verb) {
     if (models[verb]) models[verb].loaded = true;
   },
+  /** Whether the server would not take so much, which is then said: it ends such uploads before it answers. */
+  tooLarge(name, has, size) {
+    if (!limits.max_request_bytes || size <= limits.max_request_bytes) return false;
+    const [bytes, most] = [size, limits.max_request_bytes].map((value) => (value / 2 ** 20).toFixed(1));
+    const said = `${name} ${has} ${bytes} MiB, more than the ${most} MiB that this server takes; give a smaller file.`;
+    fail(new ApiError(said, { status: 413 }));
+    return true;
+  },
   copied(done, said) {
     if (done) page.say(said);
     else fail(new ApiError("The browser does not let this page copy; use the API instead.", { status: 400 }));
@@ -55,15 +63,7 @@ describe.onBoxes = (count) => ask.countBoxes(count);
 async function open(blob, name, sample = null) {
   const number = ++opening;
   closeToast();
-  if (limits.max_request_bytes && blob.size > limits.max_request_bytes) {
-    const [has, most] = [blob.size, limits.max_request_bytes].map((bytes) => (bytes / 2 ** 20).toFixed(1));
-    fail(
-      new ApiError(`${name} has ${has} MiB, more than the ${most} MiB that this server takes; give a smaller file.`, {
-        status: 413,
-      }),
-    );
-    return;
-  }
+  if (page.tooLarge(name, "has", blob.size)) return;
   const dataUrl = await dataUrlOf(blob);
   const probe = new Image();
   probe.src = dataUrl;
@@ -85,8 +85,12 @@ async function open(blob, name, sample = null) {
     );
     return;
   }
-  await stage.show(dataUrl, name);
-  if (number !== opening) return;
+  try {
+    await stage.show(dataUrl, name);
+  } catch (error) {
+    if (stage.image.src === dataUrl) throw error;
+  }
+  if (stage.image.src !== dataUrl) return; // another is shown by now
   const picture = { blob, name, dataUrl, questions: sample?.questions ?? [], rendered: sample !== null };
   $("empty").hidden = true;
   $("look-title").textContent = name;

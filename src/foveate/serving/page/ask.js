@@ -114,6 +114,7 @@ export class Ask {
 
   async ask(question) {
     if (!question || !this.picture || !this.model || this.controller) return;
+    if (this.page.tooLarge(this.picture.name, "in a question has", this.picture.dataUrl.length)) return;
     const turn = this.#turn(question);
     this.turns.push(turn);
     $("talk").append(turn.root);
@@ -123,7 +124,7 @@ export class Ask {
       // The conversation goes on without what had no answer; it is asked as a new question.
       this.ask(question);
     });
-    if (!answered) {
+    if (!answered && this.turns.includes(turn)) {
       this.turns = this.turns.filter((other) => other !== turn);
       turn.root.remove();
       this.#choose(this.turns.at(-1) ?? null);

@@ -125,6 +125,7 @@ export class Describe {
   // ------------------------------------------------------------------ requests
 
   async #describe(region) {
+    if (this.regions.get(region.id) !== region) return; // it went before it was tried again
     region.controller?.abort();
     const controller = (region.controller = new AbortController());
     region.error = null;
@@ -189,7 +190,7 @@ export class Describe {
 
   /** Views and scores of a region that "everything" gave come when they are looked at. */
   async #look(region) {
-    if (region.look || !region.result || region.looking) return;
+    if (region.look || !region.result || region.looking || this.regions.get(region.id) !== region) return;
     region.looking = true;
     const controller = (region.controller = new AbortController());
     try {
