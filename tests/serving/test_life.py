@@ -17,7 +17,8 @@ from foveate.serving.process import WorkerGone, WorkerProcess
 
 @pytest.fixture
 def served(tmp_path: Path, start: Any) -> Iterator[Any]:
-    own = start(["--request-timeout", "10", "--batch-size", "1"], tmp_path / "log.txt")
+    arguments = ["--request-timeout", "10", "--batch-size", "1", "--model", "ask=llava-next-world"]
+    own = start(arguments, tmp_path / "log.txt")
     try:
         own.wait_until_ready()
         yield own
@@ -31,6 +32,16 @@ def test_from_a_killed_worker_to_the_end(served: Any, scenes: list[dict[str, Any
     def describe(count: int = 1, stream: bool = False) -> httpx.Response:
         body = {"image": scenes[0]["image"], "boxes": [box] * count, "tasks": ["category"], "stream": stream}
         return served.client.post("/v1/regions", json=body)
+
+    # A shipped model without tokens of objects has no need of a proposer.
+    parts = [
+        {"type": "text", "text": "what colour is the sign?"},
+        {"type": "image_url", "image_url": {"url": scenes[0]["image"]}},
+    ]
+    chat = {"model": "llava-next-world", "messages": [{"role": "user", "content": parts}], "keep": 0.4}
+    answer = served.client.post("/v1/chat/completions", json=chat)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"]
 
     # Without tokens it trusts who can reach it, so it answers to no name that others can give it.
     for host in ("evil.example", "127.0.0.1.evil.example", "[::1", ""):
