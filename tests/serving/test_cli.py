@@ -51,6 +51,7 @@ def test_an_address_that_others_reach_needs_tokens(capsys: pytest.CaptureFixture
         (["--upload-timeout", "inf"], "upload_timeout"),
         (["--max-megabytes", "nan"], "--max-megabytes"),
         (["--max-megapixels", "inf"], "--max-megapixels"),
+        (["--max-megapixels", "65"], "no picture of more than 64000000"),
         (["--port", "70000"], "70000"),
     ],
 )

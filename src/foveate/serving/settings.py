@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from foveate.errors import InputError
+from foveate.vision.images import MAX_PIXELS
 
 VERBS: dict[str, str] = {"describe": "dynrefer-world", "ask": "mg-llava-world"}
 """Verbs of the API, and the model that each has unless another is given."""
@@ -88,6 +89,10 @@ class Settings:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_pixels > MAX_PIXELS:
+            raise InputError(
+                f"max_pixels is {self.max_pixels}, but no picture of more than {MAX_PIXELS} is read; give less."
+            )
         for name in ("request_timeout", "upload_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number of seconds above 0, not {getattr(self, name)}.")
