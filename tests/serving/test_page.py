@@ -258,13 +258,15 @@ def test_attention_is_laid_over_the_views_and_the_picture(open_page: Any, scenes
     # Three of the views served the category, and each has its map, as large as the view is drawn.
     assert page.locator(".seen img.heat").count() == 3
     assert page.locator(".seen img.heat").evaluate_all("images => images.every(image => image.naturalWidth === 6)")
-    wide = page.get_by_role("button", name=re.compile("^View .*t = 0.2: "))
-    wide.focus()
+    page.get_by_role("button", name=re.compile("^View .*t = 0.2: ")).hover()
+    expecting(page.locator("#marks .outline.active")).to_have_count(1)
+    expecting(over).not_to_have_attribute("width", f"{pizza[2] - pizza[0]:.0f}")
     assert float(over.get_attribute("width") or 0) > pizza[2] - pizza[0]
     assert overflow(page) == 0
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTEFACTS / "attention-360-dark.png")
     # It stays for the next region, and goes by the same button.
+    page.locator("#stage").evaluate("stage => stage.scrollIntoView({ block: 'center' })")
     drag(page, (sofa[0], sofa[1]), (sofa[2], sofa[3]))
     expecting(described(page)).to_have_count(2)
     expecting(readers.last).to_have_text("category: sofa")
