@@ -2,13 +2,17 @@
 
     python benchmarks/dynrefer_world.py curve       # sweeps t of the context views of a model, draws the picture
     python benchmarks/dynrefer_world.py selection   # task prior and searches against t's drawn at random, a table
+    python benchmarks/dynrefer_world.py attention   # how much of the attention falls on the object, a table
     python benchmarks/dynrefer_world.py ablations   # trains the variants (minutes each on 2 cores), prints a table
 
-Curve and selection are those of the shipped model, or of --model. View 1 stays the region. In the curve every other
-view is taken at one t, so that at t = 0 the model sees nothing but the region; then only the second view moves. What
-t's drawn at random are worth is the mean of --draws draws, each for all regions. A variant of the ablations that was
-trained before is reused; delete its folder under --runs to train it again. Weights trained on the rendered world say
-nothing about photographs.
+Curve, selection and attention are those of the shipped model, or of --model. View 1 stays the region. In the curve
+every other view is taken at one t, so that at t = 0 the model sees nothing but the region; then only the second view
+moves. What t's drawn at random are worth is the mean of --draws draws, each for all regions. Attention is judged in the
+region's own view, by the pixels of the object itself, against what they would get if all cells of the region were read
+alike; what went to the views as wholes has no place and does not count. And by what it is good for: cells are
+hidden from the Q-Former, those that the category's query read most, or least, or any, or all. A variant of the
+ablations that was trained before is reused; delete its folder under --runs to train it again. Weights trained on the
+rendered world say nothing about photographs.
 """
 
 from __future__ import annotations
@@ -16,11 +20,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,12 +37,14 @@ from foveate.checkpoints import find_checkpoint
 from foveate.files import atomic_write
 from foveate.methods.dynrefer.predictor import TASKS, DynReferPredictor
 from foveate.methods.dynrefer.recipe import DynReferRecipe, open_regions
+from foveate.methods.dynrefer.results import Region, Regions
 from foveate.methods.dynrefer.tuning import SWEEP, measurer, sweep_views
 from foveate.methods.dynrefer.views import sample_coefficients
 from foveate.metrics.captioning import mentioned_words
 from foveate.training.recipes import load_recipe
 from foveate.training.runner import train
 from foveate.vision.plots import line_chart
+from foveate.world.scenes import render_scenes
 from foveate.world.vocabulary import relation_predicates
 
 RECIPE = Path("recipes/dynrefer/world.yaml")
@@ -191,13 +201,115 @@ def selection(model: str, regions: int, draws: int, console: Console) -> dict[st
     }
 
 
+def lead(logits: Mapping[str, float], name: str) -> float:
+    """By how much a category's logit is above the best other one."""
+    return logits[name] - max(value for other, value in logits.items() if other != name)
+
+
+@contextmanager
+def hidden(predictor: DynReferPredictor, cells: np.ndarray) -> Iterator[None]:
+    """Within the block the Q-Former does not read cells (R, g*g) of the regions of a call, all of which run at once."""
+    mask = torch.from_numpy(np.concatenate([np.ones((len(cells), 1)), ~cells], axis=1)).long()
+
+    def hide(_module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return arguments, {**options, "encoder_attention_mask": mask.to(predictor.model.device)}
+
+    handle = predictor.model.qformer.register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def attention(model: str, scenes: int, console: Console) -> dict[str, Any]:
+    """What share of the attention falls on the visible pixels of the object that the region is the box of."""
+    predictor = DynReferPredictor.from_pretrained(find_checkpoint(model))
+    first = evaluation(1).evaluation.data.world
+    assert first is not None
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+    areas: list[float] = []
+    said: dict[str, list[tuple[bool, float]]] = {}
+    generator = np.random.default_rng(0)
+    rendered = list(render_scenes(first.first_seed, scenes, size=first.size))
+    for start in track(range(0, scenes, 10), "tens of scenes", console=console):
+        some = [
+            (Image.fromarray(scene.image), [item for item in scene.instances if item.describable])
+            for scene in rendered[start : start + 10]
+        ]
+        shown = [item for _, items in some for item in items]
+
+        def describe(*tasks: str, attention: bool = False, some: Any = some, count: int = len(shown)) -> list[Region]:
+            pictures, boxes = zip(*((picture, [item.box for item in items]) for picture, items in some), strict=True)
+            found = predictor([*pictures], [*boxes], tasks=tasks, attention=attention, batch_size=count)
+            return [region for regions in found for region in cast(Regions, regions)]
+
+        regions = describe("tags", "category", attention=True)
+        read = [own.cells.flatten() for region in regions for own in region.attention if own.query == "category"]
+        places = np.argsort(-np.array(read), axis=1).argsort(axis=1)  # 0 for the cell that was read most
+        count = places.shape[1]
+        drawn = generator.permuted(places, axis=1)
+        choices = {"most read quarter": places < count // 4, "any quarter": drawn < count // 4}
+        choices |= {"least read quarter": places >= count - count // 4, "all": places < count}
+        answers = {"none": regions}
+        for name, cells in choices.items():
+            with hidden(predictor, cells):
+                answers[name] = describe("category")
+        for name, answered in answers.items():
+            said.setdefault(name, []).extend(
+                (region.category == item.category, lead(region.category_logits, item.category))
+                for item, region in zip(shown, answered, strict=True)
+            )
+        for item, region in zip(shown, regions, strict=True):
+            left, top, right, bottom = map(int, item.box)
+            mask = item.mask[top:bottom, left:right].astype(np.float32)
+            areas.append(float(mask.mean()))
+            for own in region.attention:
+                side = len(own.cells)
+                object_share = np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.BOX))
+                alike = replace(own, cells=np.full_like(own.cells, 1 / own.cells.size)).in_view(0)
+                there = own.in_view(0) / (1 - own.whole)
+                found = (float((there * object_share).sum()), float((alike * object_share).sum()), own.whole)
+                rows.setdefault(own.query if own.word else f"region, views of {', '.join(own.tasks)}", []).append(found)
+    table = Table(
+        "query",
+        "on the object",
+        "all cells alike",
+        "regions with more",
+        "to the views as wholes",
+        title=f"{model}: attention of {len(areas)} regions of {scenes} unseen scenes; objects cover "
+        f"{np.mean(areas):.3f} of their boxes",
+    )
+    results = {}
+    for query, found in sorted(rows.items()):
+        read, alike, whole = np.array(found).T
+        results[query] = {
+            "on_object": float(read.mean()),
+            "alike": float(alike.mean()),
+            "more": float((read > alike).mean()),
+            "whole": float(whole.mean()),
+        }
+        table.add_row(query, *(f"{value:.3f}" for value in results[query].values()))
+    console.print(table)
+    hidings = {
+        name: {"category_accuracy": float(right), "lead": float(ahead)}
+        for name, (right, ahead) in ((name, np.mean(found, axis=0)) for name, found in said.items())
+    }
+    table = Table("cells hidden", "category right", "lead of the true one's logit")
+    for name, row in hidings.items():
+        table.add_row(name, *(f"{value:.3f}" for value in row.values()))
+    console.print(table)
+    counts = {"scenes": scenes, "regions": len(areas), "area": float(np.mean(areas))}
+    return {"model": model, **counts, "queries": results, "hidden": hidings}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ablations", "curve", "selection"))
-    parser.add_argument("--model", default="dynrefer-world", help="the model of curve and selection")
+    parser.add_argument("what", choices=("ablations", "attention", "curve", "selection"))
+    parser.add_argument("--model", default="dynrefer-world", help="the model of all but ablations")
     parser.add_argument("--draws", type=int, default=10, help="random choices of views in selection")
     parser.add_argument("--steps", type=int, default=700, help="training steps of each variant")
     parser.add_argument("--regions", type=int, default=500, help="regions of unseen scenes")
+    parser.add_argument("--scenes", type=int, default=40, help="unseen scenes of attention")
     parser.add_argument("--runs", type=Path, default=Path("out/ablations"), help="where variants are trained")
     parser.add_argument("--out", type=Path, help="JSON (default benchmarks/results/dynrefer_<what>.json)")
     arguments = parser.parse_args()
@@ -205,6 +317,8 @@ def main() -> None:
     out = arguments.out or RESULTS / f"dynrefer_{arguments.what}.json"
     if arguments.what == "ablations":
         result = ablations(arguments.runs, arguments.steps, arguments.regions, console)
+    elif arguments.what == "attention":
+        result = attention(arguments.model, arguments.scenes, console)
     elif arguments.what == "selection":
         result = selection(arguments.model, arguments.regions, arguments.draws, console)
     else:

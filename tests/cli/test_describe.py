@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from foveate import cli
 from foveate.errors import InputError
-from foveate.methods.dynrefer.results import Region, Regions, Report, ViewChoice
+from foveate.methods.dynrefer.attention import Attention
+from foveate.methods.dynrefer.results import Region, Regions, Report, View, ViewChoice
 from foveate.vision.images import load_image
 
 
@@ -35,8 +38,9 @@ class Describer:
     def __call__(self, images: Any, boxes: Any = None, masks: Any = None, **options: Any) -> Any:
         self.calls.append({"boxes": boxes, "masks": masks, **options})
         if isinstance(images, list):
-            return [self.describe(path, None if boxes is None else boxes[i]) for i, path in enumerate(images)]
-        return self.describe(images, boxes)
+            found = [self.describe(path, None if boxes is None else boxes[i]) for i, path in enumerate(images)]
+            return [attended(regions) for regions in found] if options.get("attention") else found
+        return attended(self.describe(images, boxes)) if options.get("attention") else self.describe(images, boxes)
 
     def describe(self, path: Path, boxes: Any) -> Regions:
         if path.name == self.interrupt_at:
@@ -64,6 +68,16 @@ class Describer:
             ],
             self.report,
         )
+
+
+def attended(regions: Regions) -> Regions:
+    """The same regions, each read in the lower right quarter of the whole image."""
+    whole = (0, 0, *regions.image.size)
+    cells = np.array([[0, 0], [0, 0.75]], np.float32)
+    patches = np.array([[0, 0, 2, 2]], np.float32)
+    own = Attention(("tags",), "tag", "cat", cells, 0.25, (1.0,), (whole,), patches)
+    views = (View(1.0, whole, ("tags",), regions.image),)
+    return Regions(regions.image, [replace(region, views=views, attention=(own,)) for region in regions])
 
 
 @pytest.fixture
@@ -415,3 +429,19 @@ def test_searched_views_are_explained(run: Run, describer: Describer, folder: Pa
     assert json.loads(out)[0]["regions"][0]["searches"] == [
         {"selection": "official", "tasks": ["tags"], "t": [0.0, 0.4], "distances": {"0.1": 2.5, "0.4": 5.0}}
     ]
+
+
+def test_attention_is_drawn_over_the_views(run: Run, describer: Describer, folder: Path) -> None:
+    code, out, _ = run("00.png", "--box", "1,2,9,9", "--no-picture", "--show-attention", "a.png")
+    assert (code, out.splitlines()[-1]) == (0, "written: a.png")
+    assert made(folder) == ["a.png"]
+    assert describer.calls[-1]["attention"] is True
+    picture = np.asarray(Image.open(folder / "a.png").convert("RGB")).astype(int)
+    red = (picture[..., 0] - picture[..., 2] > 150)[44:204, 8:168]
+    assert red[82:, 82:].all()
+    assert not red[:78].any()
+    assert not red[:, :78].any()
+    assert run("00.png", "01.png", "--no-picture", "--show-attention", "many")[0] == 0
+    assert sorted(path.name for path in (folder / "many").iterdir()) == ["00-attention.png", "01-attention.png"]
+    assert run("00.png", "--no-picture")[0] == 0
+    assert "attention" not in describer.calls[-1]

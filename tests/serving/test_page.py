@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -221,6 +222,57 @@ def test_a_drawn_box_is_described_and_shows_what_was_looked_at(open_page: Any, s
     page.mouse.up()
     expecting(region.locator(".place")).to_have_text("228, 37, 319, 96")
     expecting(region.locator(".caption")).to_contain_text("table")
+
+
+@pytest.mark.browser
+def test_attention_is_laid_over_the_views_and_the_picture(open_page: Any, scenes: list[dict[str, Any]]) -> None:
+    page = open_page(viewport={"width": 360, "height": 860}, color_scheme="dark")
+    open_sample(page, 4)
+    pizza, sofa = (
+        next(item["box"] for item in scenes[3]["objects"] if item["category"] == name) for name in ("pizza", "sofa")
+    )
+    drag(page, (pizza[0], pizza[1]), (pizza[2], pizza[3]))
+    expecting(described(page)).to_have_count(1)
+    readers = page.get_by_role("group", name="Show where it read").get_by_role("button")
+    expecting(readers).to_have_text(
+        ["for caption, tags", re.compile("^tag: "), "for attributes, category", "category: pizza"]
+    )
+    expecting(page.locator(".heat")).to_have_count(0)
+    # The map of the region's own view is in its place, and its pixels have colour.
+    readers.last.focus()
+    page.keyboard.press("Enter")
+    expecting(readers.last).to_have_attribute("aria-pressed", "true")
+    over = page.locator("#marks image.heat")
+    expecting(over).to_have_count(1)
+    place = [float(over.get_attribute(name) or 0) for name in ("x", "y", "width", "height")]
+    assert place == [pizza[0], pizza[1], pizza[2] - pizza[0], pizza[3] - pizza[1]]
+    expecting(page.locator(".region .hint")).to_have_text(
+        re.compile(r"^Red where it read: \d+\s% in the region, \d+\s% in the views as wholes\.$")
+    )
+    page.locator("#frame").scroll_into_view_if_needed()
+    x, y = on_screen(page, pizza[0], pizza[1])
+    far = on_screen(page, pizza[2], pizza[3])
+    shot = page.screenshot(clip={"x": x, "y": y, "width": far[0] - x, "height": far[1] - y})
+    pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
+    assert (pixels[..., 0] - pixels[..., 1:].max(axis=-1) > 80).sum() > 100
+    # Three of the views served the category, and each has its map, as large as the view is drawn.
+    assert page.locator(".seen img.heat").count() == 3
+    assert page.locator(".seen img.heat").evaluate_all("images => images.every(image => image.naturalWidth === 6)")
+    page.get_by_role("button", name=re.compile("^View .*t = 0.2: ")).hover()
+    expecting(page.locator("#marks .outline.active")).to_have_count(1)
+    expecting(over).not_to_have_attribute("width", f"{pizza[2] - pizza[0]:.0f}")
+    assert float(over.get_attribute("width") or 0) > pizza[2] - pizza[0]
+    assert overflow(page) == 0
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=ARTEFACTS / "attention-360-dark.png")
+    # It stays for the next region, and goes by the same button.
+    page.locator("#stage").evaluate("stage => stage.scrollIntoView({ block: 'center' })")
+    drag(page, (sofa[0], sofa[1]), (sofa[2], sofa[3]))
+    expecting(described(page)).to_have_count(2)
+    expecting(readers.last).to_have_text("category: sofa")
+    expecting(over).to_have_attribute("x", f"{sofa[0]:.0f}")
+    readers.last.click()
+    expecting(page.locator(".heat")).to_have_count(0)
 
 
 @pytest.mark.browser

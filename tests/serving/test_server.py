@@ -90,6 +90,32 @@ def test_regions_are_what_the_samples_say(server: Any, scenes: Scenes) -> None:
     assert all(max(view["box"][2:]) <= scene["width"] for region in answer["regions"] for view in region["views"])
 
 
+def test_attention_comes_as_maps_of_the_views_and_changes_nothing_else(server: Any, scenes: Scenes) -> None:
+    wanted = {"image": scenes[2]["image"], "boxes": boxes_of(scenes[2])[:2]}
+    plain = server.client.post("/v1/regions", json=wanted).json()["regions"]
+    regions = server.client.post("/v1/regions", json={**wanted, "attention": True}).json()["regions"]
+    for region, expected in zip(regions, plain, strict=True):
+        attention = region.pop("attention")
+        assert region == expected
+        assert {own["query"]: own.get("word") for own in attention} == {
+            "region": None,
+            "category": region["category"],
+            "tag": next(iter(region["tags"])),
+        }
+        for own in attention:
+            assert 0 < own["whole"] < 1
+            assert {(view["t"], *view["box"]) for view in own["views"]} <= {
+                (view["t"], *view["box"]) for view in region["views"]
+            }
+            for view in own["views"]:
+                heat = Image.open(io.BytesIO(base64.b64decode(view["png"].removeprefix("data:image/png;base64,"))))
+                assert (heat.mode, heat.size) == ("RGBA", (6, 6))
+                alpha = np.asarray(heat)[..., 3]
+                assert alpha.max() == 255
+                # In proportion, so that the shares can be read off and add up.
+                assert view["most"] * alpha.sum() / 255 == pytest.approx(1 - own["whole"], abs=0.02)
+
+
 def test_a_form_and_masks_say_the_same_as_json_and_boxes(server: Any, scenes: Scenes) -> None:
     scene = scenes[1]
     box = [int(value) for value in boxes_of(scene)[0]]
@@ -567,6 +593,7 @@ def test_a_body_that_cannot_be_read_says_why(server: Any, body: bytes, said: str
         ({"view_policy": [0.5, 2]}, "view_policy"),
         ({"view_policy": [0.5]}, "views"),
         ({"views": True, "boxes": [[0, 0, 5, 5]] * 101}, "101"),
+        ({"attention": True, "boxes": [[0, 0, 5, 5]] * 101}, "attention is given for at most 100 regions"),
         ({"model": "dynrefer-large"}, "dynrefer-large"),
     ],
 )

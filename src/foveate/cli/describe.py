@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from foveate.methods.dynrefer.results import Report
 
 FORMATS = ("text", "json", "jsonl")
-_Job = tuple[Path, Any, Path | None, Path | None]  # image, its boxes, annotated picture, picture of the views
+# Image, its boxes, annotated picture, picture of the views, picture of the attention.
+_Job = tuple[Path, Any, Path | None, Path | None, Path | None]
 IMAGES_PER_CALL = 16  # so many images are in memory at once, and so often finished lines reach the file
 
 
@@ -134,6 +135,14 @@ def describe(
             "are given.",
         ),
     ] = None,
+    show_attention: Annotated[
+        Path | None,
+        typer.Option(
+            "--show-attention",
+            help="Picture of where in those crops the model read for a region, its category and its best tag; a folder "
+            "when several images are given.",
+        ),
+    ] = None,
     report: Annotated[
         bool,
         typer.Option("--report", help="Say what it cost: crops encoded, hashes, milliseconds of each stage."),
@@ -165,7 +174,8 @@ def describe(
         picture = free_name(Path(f"{images[0].stem}-described.png"))
     annotated = picture_files(picture, images, "described", "--picture")
     looked_at = picture_files(show_views, images, "views", "--show-views")
-    written = [path for path in (out, *annotated, *looked_at) if path is not None]
+    attended = picture_files(show_attention, images, "attention", "--show-attention")
+    written = [path for path in (out, *annotated, *looked_at, *attended) if path is not None]
     search = _search(proposer, proposer_words, max_regions, min_score, box_iou, caption_iou, keep_duplicates)
     if search and not everything:
         raise InputError("--proposer and what limits it belong to --everything; give that too, or leave them out.")
@@ -188,7 +198,7 @@ def describe(
         proposed = _digest(listed.entries(images))  # of all images, before the work
     else:
         listed = proposed = None
-    pending = list(zip(images, regions, annotated, looked_at, strict=True))
+    pending = list(zip(images, regions, annotated, looked_at, attended, strict=True))
     skipped: list[_Job] = []
     skipped_before = 0
     if style == "jsonl" and out is not None:
@@ -218,6 +228,8 @@ def describe(
         )
     with progress_bar("regions" if len(images) == 1 else "images") as progress:
         options["batch_size"] = batch_size  # not before: the lines to resume do not depend on it
+        if show_attention is not None:
+            options["attention"] = True
         if listed is not None:
             options["proposer"] = listed
         described = _describe(describer, pending, masks, progress, options, skipped if skip_bad else None, reports)
@@ -334,7 +346,7 @@ def _describe(
         costs = (found.report for found in results if not isinstance(found, InputError))
         reports.extend([cost for cost in costs if cost is not None][:1])
         for job, regions in zip(part, results, strict=True):
-            image, _, annotated, looked_at = job
+            image, _, *pictures = job
             if isinstance(regions, InputError):
                 print(f"skipped: {one_line(str(regions))}", file=sys.stderr)
                 assert skipped is not None
@@ -342,7 +354,7 @@ def _describe(
             else:
                 if options.get("everything") and not len(regions):
                     print(f"note: the proposer found nothing in {one_line(str(image))}.", file=sys.stderr)
-                _draw(regions, annotated, looked_at, dense=bool(options.get("everything")))
+                _draw(regions, *pictures, dense=bool(options.get("everything")))
             yield image, regions
         if len(pending) > 1:
             progress(start + len(part), len(pending))
@@ -383,11 +395,15 @@ def _fault(image: Path, boxes: Any) -> InputError | None:
     return None
 
 
-def _draw(regions: Regions, annotated: Path | None, looked_at: Path | None, *, dense: bool) -> None:
+def _draw(
+    regions: Regions, annotated: Path | None, looked_at: Path | None, attended: Path | None, *, dense: bool
+) -> None:
     if annotated is not None:
         save_picture(regions.plot_dense() if dense else regions.plot(), annotated)
     if looked_at is not None:
         save_picture(regions.plot_views(explain=regions.searched), looked_at)
+    if attended is not None:
+        save_picture(regions.plot_attention(), attended)
 
 
 def _write_lines(lines: ResumableLines, described: Iterator[tuple[Path, Regions | InputError]]) -> None:

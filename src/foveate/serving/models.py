@@ -175,6 +175,7 @@ class Models:
             controls=spec["controls"],
             num_beams=spec["num_beams"],
             batch_size=max(1, sum(map(len, boxes))),
+            attention=any(job.spec["attention"] for job in jobs),  # which changes nothing for the others
         )
         for (name, start, _), job, regions in zip(slices, jobs, described, strict=True):
             rows = range(start, start + len(regions))
@@ -288,7 +289,18 @@ def _region(job: Job, row: int, region: Any) -> dict[str, Any]:
     if job.spec["views"]:
         for listed, view in zip(out["views"], region.views, strict=True):
             listed["png"] = _png(view.image)
+    if job.spec["attention"]:
+        out["attention"] = [_attention(own) for own in region.attention]
     return out
+
+
+def _attention(own: Any) -> dict[str, Any]:
+    views = [
+        {"t": t, "box": list(box), "most": round(float(own.in_view(number).max()), 4), "png": _png(own.heat(number))}
+        for number, (t, box) in enumerate(zip(own.coefficients, own.boxes, strict=True))
+    ]
+    word = {} if own.word is None else {"word": own.word}
+    return {"query": own.query, **word, "tasks": list(own.tasks), "whole": round(own.whole, 4), "views": views}
 
 
 def _png(image: Image.Image) -> str:

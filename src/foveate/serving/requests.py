@@ -145,13 +145,14 @@ def describe_spec(body: DescribeBody, settings: Settings) -> dict[str, Any]:
                 "too_many_boxes",
             )
         spec["kind"] = "everything"
-    if body.views and count > settings.max_view_regions:
-        raise bad_request(
-            f"views are given for at most {settings.max_view_regions} regions a request, not {count}; ask for "
-            "fewer, or without views.",
-            "views",
-            "too_many_views",
-        )
+    for pictures in ("views", "attention"):
+        if getattr(body, pictures) and count > settings.max_view_regions:
+            raise bad_request(
+                f"{pictures} {'are' if pictures == 'views' else 'is'} given for at most {settings.max_view_regions} "
+                f"regions a request, not {count}; ask for fewer, or without {pictures}.",
+                pictures,
+                "too_many_views",
+            )
     return spec
 
 

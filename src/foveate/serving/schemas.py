@@ -44,6 +44,7 @@ class DescribeBody(Body):
     controls: list[Word] = Field([], description="words that captions should use")
     num_beams: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="beam width of captions; 1 is greedy")
     views: bool = Field(False, description="give the views that the model looked at as PNG data URLs")
+    attention: bool = Field(False, description="give where in the views the model read as PNG data URLs")
     scores: bool = Field(False, description="give the scores of all tags, attributes and categories")
     stream: bool = Field(False, description="server-sent events, region by region")
 
@@ -205,6 +206,29 @@ class ViewOut(BaseModel):
     png: str | None = Field(None, description="data URL, at most 224 pixels a side; where `views` was true")
 
 
+class AttentionViewOut(BaseModel):
+    """Where in a view the model read."""
+
+    t: float
+    box: list[int] = Field(description="the view in the picture; the map's pixels tile it")
+    most: float = Field(description="share of the attention that the map's most opaque pixel stands for")
+    png: str = Field(description="data URL: a pixel for each patch of the view, opaque in proportion to its share")
+
+
+class AttentionOut(BaseModel):
+    """Where the model read for one query: cross-attention of the Q-Former, a mean over its heads and layers."""
+
+    query: Literal["region", "category", "tag"] = Field(
+        description="all queries alike, or as the query of the category or best tag weighs what they became"
+    )
+    word: str | None = Field(None, description="the category or the tag")
+    tasks: list[Task] = Field(description="those that looked through these views")
+    whole: float = Field(
+        description="share of the class token, which stands for the views as wholes; the rest is mapped"
+    )
+    views: list[AttentionViewOut]
+
+
 class RegionOut(BaseModel):
     """A described region. What was not asked for is absent."""
 
@@ -222,6 +246,7 @@ class RegionOut(BaseModel):
     joint_score: float | None = None
     mask: Mask | None = None
     views: list[ViewOut]
+    attention: list[AttentionOut] | None = Field(None, description="where `attention` was true")
     searches: list[dict[str, Any]] | None = None
     tag_scores: dict[str, float] | None = Field(None, description="of all tags, where `scores` was true")
     attribute_scores: dict[str, float] | None = None

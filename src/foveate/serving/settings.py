@@ -35,7 +35,7 @@ class Settings:
         max_text: most characters of a request's texts together.
         max_values: most values of a request's JSON, and most characters or runs of its masks, together.
         max_new_tokens: most tokens of an answer.
-        max_view_regions: most regions of a request whose views are wanted as pictures.
+        max_view_regions: most regions of a request whose views or attention are wanted as pictures.
         max_queue: most requests that wait or run; another gets 429.
         max_queue_regions: most regions that wait or run; a request with which they would be more gets 429, unless
             nothing waits.

@@ -96,12 +96,19 @@ class HeadAttention(nn.Module):
     def forward(self, queries: Tensor, memory: Tensor, dropout: float) -> Tensor:
         """(1 or R, V, E) queries, (R, Q, E) region tokens -> (R, V, E)."""
         q, k, v = (
-            rearrange(self.self[name](source), "r l (h d) -> r h l d", h=self.heads)
-            for name, source in (("query", queries), ("key", memory), ("value", memory))
+            self._project(name, source) for name, source in (("query", queries), ("key", memory), ("value", memory))
         )
         attended = F.scaled_dot_product_attention(q.expand(k.shape[0], -1, -1, -1), k, v, dropout_p=dropout)
         attended = self.output["dense"](rearrange(attended, "r h l d -> r l (h d)"))
         return self.output["LayerNorm"](F.dropout(attended, dropout) + queries)
+
+    def weights(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """(1 or R, V, E) queries, (R, Q, E) region tokens -> (R, h, V, Q) float32, what `forward` weighs values by."""
+        q, k = (self._project(name, source).float() for name, source in (("query", queries), ("key", memory)))
+        return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def _project(self, name: str, source: Tensor) -> Tensor:
+        return rearrange(self.self[name](source), "r l (h d) -> r h l d", h=self.heads)
 
 
 class HeadLayer(nn.Module):
@@ -140,6 +147,17 @@ class RecognitionHead(nn.Module):
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
             hidden = layer(hidden, memory, dropout)
         return hidden
+
+    def attention(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """How much a text of each region attends to its region tokens, mean over heads and layers.
+
+        (R, E) queries and (R, Q, E) region tokens -> (R, Q) float32, rows add up to 1.
+        """
+        hidden, weights = queries[:, None], []
+        for layer in cast(nn.ModuleList, self.encoder["layer"]):
+            weights.append(cast(HeadLayer, layer).crossattention.weights(hidden, memory).mean(dim=1)[:, 0])
+            hidden = layer(hidden, memory, 0.0)
+        return torch.stack(weights).mean(dim=0)
 
 
 @dataclass
@@ -367,6 +385,14 @@ class DynReferModel(PartsElsewhere, DynReferPreTrainedModel):
         """(R, Q, H) region tokens, (V, D) text embeddings -> (R, V) raw similarities (spec 2.7)."""
         hidden = self.attr_head(self.attr_text_proj(text_embeds), self.attr_vision_proj(query_output))
         return self.attr_fc(F.normalize(hidden, dim=-1)).squeeze(-1)
+
+    def tag_attention(self, query_output: Tensor, tag_embeds: Tensor) -> Tensor:
+        """(R, Q, H) region tokens, (R, D) the embedding of a tag for each -> (R, Q) what the tag's query attends to."""
+        return self.tag_head.attention(self.tag_text_proj(tag_embeds), self.tag_vision_proj(query_output))
+
+    def text_attention(self, query_output: Tensor, text_embeds: Tensor) -> Tensor:
+        """The same of the contrast head, whose texts are attributes and classes."""
+        return self.attr_head.attention(self.attr_text_proj(text_embeds), self.attr_vision_proj(query_output))
 
     def contrast_logits(self, similarity: Tensor) -> Tensor:
         """Raw similarities -> the logits of the training objective, e^attr_t * s + attr_b."""

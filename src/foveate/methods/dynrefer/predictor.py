@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ from foveate.vision.proposals import (
     load_proposer,
 )
 
+from .attention import Attention, tap_qformer
 from .captioners import EncoderDecoder
 from .configuration import CANDIDATE_VIEWS, DynReferConfig, find_dynrefer, is_whole, tag_thresholds
 from .int8 import check_quantize, quantize_linears
 from .modeling import DynReferModel, group_maximum
 from .processing import CLASS_TEMPLATE, PROCESSOR_FILE, DynReferProcessor, control_text
 from .results import Region, Regions, Report, View, ViewChoice
-from .views import ViewSearch, build_views, pixel_boxes, region_from_mask, resolve_policy, search_views
+from .views import ViewBatch, ViewSearch, build_views, pixel_boxes, region_from_mask, resolve_policy, search_views
 
 TASKS = ("caption", "tags", "attributes", "category")
 MAX_REGIONS_PER_IMAGE = 100_000
@@ -204,6 +205,7 @@ class DynReferPredictor:
         controls: Sequence[str] = (),
         num_beams: int | None = None,
         batch_size: int = 64,
+        attention: bool = False,
         everything: bool = False,
         proposer: str | Path | Proposer | BoxFile | None = None,
         proposer_words: Sequence[str] | None = None,
@@ -226,6 +228,8 @@ class DynReferPredictor:
             controls: words that the caption should use.
             num_beams: beam width of the captioner; 1 is greedy.
             batch_size: regions that run together.
+            attention: whether regions say where the model read (`Region.attention`, `Regions.plot_attention`); all
+                else that they say stays the same.
             everything: propose the regions; the surest proposal is described first.
             proposer: another proposer than that of the predictor, in the forms that the class takes.
             proposer_words: what an OWLv2 proposer that is given by its name looks for.
@@ -297,7 +301,8 @@ class DynReferPredictor:
         done = 0
         with torch.inference_mode():
             for chunk in self._chunks(jobs, batch_size):
-                for job_index, region in self._describe(jobs, chunk, groups, class_names, controls, num_beams, meter):
+                asked = (class_names, controls, num_beams, bool(attention))
+                for job_index, region in self._describe(jobs, chunk, groups, *asked, meter):
                     described[job_index].append(region)
                     done += 1
                 if progress is not None:
@@ -493,6 +498,7 @@ class DynReferPredictor:
         classes: tuple[str, ...],
         controls: tuple[str, ...],
         num_beams: int | None,
+        attention: bool,
         meter: _Meter,
     ) -> Iterator[tuple[int, Region]]:
         config = self.model.config
@@ -516,10 +522,14 @@ class DynReferPredictor:
         view_index = np.concatenate([batch.view_index + offset for batch, offset in zip(batches, offsets, strict=True)])
         region_boxes = np.concatenate([batch.region_boxes for batch in batches])
         with meter.stage("fusion"):
-            query_outputs = self._region_tokens(tokens, view_index, region_boxes)
+            query_outputs, readings = self._region_tokens(tokens, view_index, region_boxes, attention)
         answers: dict[str, list[dict[str, Any]]] = {}
         for query_output, (_, members) in zip(query_outputs, groups, strict=True):
             answers |= self._answer(query_output, members, classes, controls, num_beams, meter)
+        read = [
+            self._read(query_outputs[group], reading, groups[group][1], classes, answers)
+            for group, reading in enumerate(readings)
+        ]
         rows_in_chunk = 0
         for (job_index, rows), batch in zip(chunk, batches, strict=True):
             job = jobs[job_index]
@@ -533,12 +543,17 @@ class DynReferPredictor:
                     score=score,
                     views=self._views(job.image, batch, local, groups),
                     choices=self._choices(job, row, groups),
+                    attention=self._attention(batch, local, rows_in_chunk + local, groups, read),
                 )
                 yield job_index, replace(region, **fields)
             rows_in_chunk += rows.stop - rows.start
 
-    def _region_tokens(self, tokens: Tensor, view_index: np.ndarray, region_boxes: np.ndarray) -> list[Tensor]:
+    def _region_tokens(
+        self, tokens: Tensor, view_index: np.ndarray, region_boxes: np.ndarray, attention: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Region tokens (R, Q, H) of each task group; few regions go through the encoder for all groups at once.
+
+        With `attention` also what the Q-Former's queries attended to, (R, Q, 1 + g*g) of each group.
 
         Args:
             tokens: (U, 1 + g*g, C) of the distinct views.
@@ -551,17 +566,87 @@ class DynReferPredictor:
         boxes = torch.from_numpy(region_boxes).to(tokens.device)
         boxes = boxes.view(regions, groups, n, 4).transpose(0, 1).flatten(0, 1)
         together = len(index) if len(index) <= _FEW_REGIONS else regions
-        pieces = [
-            self.model.encode_regions(tokens[own.flatten()], own_boxes)
-            for own, own_boxes in zip(index.split(together), boxes.split(together), strict=True)
-        ]
+        pieces, read = [], []
+        with tap_qformer(self.model.qformer) if attention else nullcontext() as tapped:
+            for own, own_boxes in zip(index.split(together), boxes.split(together), strict=True):
+                pieces.append(self.model.encode_regions(tokens[own.flatten()], own_boxes))
+                if tapped is not None:
+                    read.append(tapped.take())
         query_output = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         if not torch.isfinite(query_output).all():
             raise CheckpointError(
                 f"the region tokens are not finite in {query_output.dtype} on {query_output.device}; load with "
                 "dtype=torch.float32 and check that the checkpoint is intact"
             )
-        return list(query_output.split(regions))
+        return list(query_output.split(regions)), list(torch.cat(read).split(regions)) if read else []
+
+    def _read(
+        self,
+        query_output: Tensor,
+        reading: Tensor,
+        tasks: tuple[str, ...],
+        classes: tuple[str, ...],
+        answers: dict[str, list[dict[str, Any]]],
+    ) -> list[tuple[str, list[str | None], np.ndarray]]:
+        """What a group's queries attended to: (query, its word of each region, (R, 1 + g*g) shares), see `attention`.
+
+        Args:
+            reading: (R, Q, 1 + g*g).
+            answers: of the heads.
+        """
+        found: list[tuple[str, list[str | None], np.ndarray]] = [
+            ("region", [None] * len(reading), reading.mean(dim=1).cpu().numpy())
+        ]
+        # The best word of each region, the list that it is of, and its query's way through its head.
+        asked: list[tuple[str, list[str], Tensor, tuple[str, ...], Callable[[Tensor, Tensor], Tensor]]] = []
+        if "category" in tasks:
+            prompts = tuple(CLASS_TEMPLATE.format(name.lower()) for name in classes)
+            best = [fields["category"] for fields in answers["category"]]
+            asked.append(("category", best, self._text_embeds(prompts), classes, self.model.text_attention))
+        if "tags" in tasks:
+            names = self.processor.vocabulary.tags
+            best = [
+                fields["tags"][0] if fields["tags"] else max(fields["tag_scores"], key=fields["tag_scores"].__getitem__)
+                for fields in answers["tags"]
+            ]
+            asked.append(("tag", best, self._text_embeds(names), names, self.model.tag_attention))
+        for query, best, embeds, names, attend in asked:
+            places = {name: place for place, name in enumerate(names)}
+            weights = attend(query_output, embeds[[places[word] for word in best]])
+            shares = torch.einsum("rq,rqk->rk", weights, reading)
+            found.append((query, [*best], shares.cpu().numpy()))
+        return found
+
+    def _attention(
+        self,
+        batch: ViewBatch,
+        local: int,
+        row: int,
+        groups: Sequence[tuple[Any, tuple[str, ...]]],
+        read: Sequence[list[tuple[str, list[str | None], np.ndarray]]],
+    ) -> tuple[Attention, ...]:
+        """Of the region in row `local` of the batch and `row` of what `_read` gave for each group."""
+        config = self.model.config
+        n, side = config.num_views, config.grid_size
+        found = []
+        for group, queries in enumerate(read):
+            columns = slice(group * n, (group + 1) * n)
+            boxes = batch.crop_boxes[batch.view_index[local, columns]].tolist()
+            in_patches = batch.region_boxes[local, columns] * np.float32(1 / config.vision_config.patch_size)
+            for query, words, shares in queries:
+                found.append(
+                    Attention(
+                        tasks=groups[group][1],
+                        query=query,
+                        word=words[row],
+                        cells=shares[row, 1:].reshape(side, side).copy(),  # lest a region keeps the shares of all
+                        whole=float(shares[row, 0]),
+                        coefficients=tuple(batch.coefficients[local, columns].tolist()),
+                        boxes=tuple(map(tuple, boxes)),
+                        _in_patches=in_patches,
+                    )
+                )
+        return tuple(found)
 
     def _views(
         self, image: Image.Image, batch: Any, row: int, groups: Sequence[tuple[Any, tuple[str, ...]]]

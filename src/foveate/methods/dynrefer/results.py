@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from PIL import Image, ImageDraw, ImageFont
 
 from foveate.vision.drawing import GREY, MAX_SIDE, PALETTE, Colour, draw_boxes, fit_text, more_regions
+
+if TYPE_CHECKING:
+    from .attention import Attention
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class Region:
         mask: COCO run-length encoding of the region where its proposer gives one.
         views: the crops that the model looked at.
         choices: how they were chosen, for each group of tasks that share theirs.
+        attention: where the model read, where `attention=True` asked for it: for each group of tasks that share their
+            views all queries alike, then those of the best category and the best tag.
     """
 
     box: tuple[float, float, float, float]
@@ -143,6 +148,7 @@ class Region:
     mask: dict[str, Any] | None = field(default=None, repr=False)
     views: tuple[View, ...] = field(default=(), repr=False)
     choices: tuple[ViewChoice, ...] = field(default=(), repr=False)
+    attention: tuple[Attention, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def joint_score(self) -> float | None:
@@ -316,6 +322,20 @@ class Regions(Sequence[Region]):
                 draw.text((left, top + 15), fit_text(", ".join(view.tasks), font, side), fill=GREY, font=font)
                 picture.paste(view.image.resize((side, side)), (left, top + head))
         return picture
+
+    def plot_attention(self, *, side: int = 160) -> Image.Image:
+        """A row for each region and query: the views in grey, and in red the patches that were read: see
+        `attention.plot_attention`.
+
+        Args:
+            side: pixels of a view in the picture.
+
+        Raises:
+            InputError: the regions were described without `attention=True`.
+        """
+        from .attention import plot_attention  # which needs torch
+
+        return plot_attention(self.regions, side=side)
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:

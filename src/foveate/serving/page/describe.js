@@ -25,6 +25,7 @@ export class Describe {
     this.finding = null;
     this.next = 1;
     this.model = null;
+    this.reading = null; // whose attention is laid over the picture, of every region that is opened
     this.onBoxes = () => {};
     $("everything").addEventListener("click", () => (this.finding ? this.finding.abort() : this.everything()));
     $("add-box").addEventListener("click", () => stage.addInTheMiddle());
@@ -134,7 +135,7 @@ export class Describe {
     this.#show(region);
     this.page.busy("describe");
     try {
-      const fields = { boxes: [region.box], views: true, scores: true };
+      const fields = { boxes: [region.box], views: true, attention: true, scores: true };
       for await (const { event, data } of regionEvents("/v1/regions", this.picture.blob, fields, controller.signal)) {
         if (event === "region") {
           Object.assign(region, { result: data, look: true });
@@ -194,9 +195,11 @@ export class Describe {
     region.looking = true;
     const controller = (region.controller = new AbortController());
     try {
-      const fields = { boxes: [region.box], views: true, tasks: ["caption", "tags", "attributes", "category"] };
+      const tasks = ["caption", "tags", "attributes", "category"];
+      const fields = { boxes: [region.box], views: true, attention: true, tasks };
       for await (const { event, data } of regionEvents("/v1/regions", this.picture.blob, fields, controller.signal)) {
-        if (event === "region" && region.result) region.result = { ...region.result, views: data.views };
+        if (event !== "region" || !region.result) continue;
+        region.result = { ...region.result, views: data.views, attention: data.attention };
       }
       region.look = true;
       this.#detail(region);
@@ -318,13 +321,17 @@ export class Describe {
   }
 
   #views(region) {
-    const { views } = region.result;
+    const { views, attention = [] } = region.result;
     const boxes = views.map(({ box }) => box);
-    this.stage.showViews(boxes);
+    const read = () => attention.find((own) => reader(own) === this.reading);
     const list = make("div", { class: "views" });
+    const point = (index = -1) => {
+      const of = read()?.views ?? [];
+      this.stage.showViews(boxes, index, of.find(({ box }) => same(box, boxes[index])) ?? of[0]);
+    };
     for (const [index, view] of views.entries()) {
-      const show = () => this.stage.showViews(boxes, index);
-      const hide = () => this.chosen === region.id && this.stage.showViews(boxes);
+      const show = () => point(index);
+      const hide = () => this.chosen === region.id && point();
       const reach = view.t === 0 ? "the box" : view.t === 1 ? "all" : `t = ${view.t}`;
       const tasks = view.tasks.join(", ");
       const picture = make("span", { class: "seen" });
@@ -344,7 +351,42 @@ export class Describe {
         ),
       );
     }
-    return make("section", {}, make("h4", {}, "What it looked at"), list);
+    const readers = this.#readers(attention, () => {
+      for (const [index, { children }] of [...list.children].entries()) {
+        children[0].querySelector(".heat")?.remove();
+        const heat = read()?.views.find(({ box }) => same(box, boxes[index]));
+        if (heat) children[0].append(overlay(heat));
+      }
+      point();
+    });
+    return make("section", {}, make("h4", {}, "What it looked at"), list, ...readers);
+  }
+
+  /** Buttons that lay attention over the views, and what it says in numbers; `show` lays it. */
+  #readers(attention, show) {
+    const said = make("p", { class: "hint", "aria-live": "polite" });
+    const tell = () => {
+      const own = attention.find((one) => reader(one) === this.reading);
+      said.textContent = own
+        ? `Red where it read: ${percent(1 - own.whole)} in the region, ${percent(own.whole)} in the views as wholes.`
+        : "";
+      for (const button of buttons) {
+        button.setAttribute("aria-pressed", String(own !== undefined && button.dataset.reader === this.reading));
+      }
+      show();
+    };
+    const buttons = attention.map((own) => {
+      const click = () => {
+        this.reading = this.reading === reader(own) ? null : reader(own);
+        tell();
+      };
+      const text = own.word === undefined ? `for ${own.tasks.join(", ")}` : `${own.query}: ${own.word}`;
+      return make("button", { type: "button", class: "quiet reader", "data-reader": reader(own), on: { click } }, text);
+    });
+    tell();
+    if (!buttons.length) return [];
+    const label = { class: "readers", role: "group", "aria-label": "Show where it read" };
+    return [make("div", label, make("span", { "aria-hidden": "true" }, "Where it read"), ...buttons), said];
   }
 
   #scores(result) {
@@ -393,4 +435,21 @@ const short = (region) =>
   region?.caption || region?.category || Object.keys(region?.tags ?? {}).join(", ") || "nothing said";
 
 /** A region without the pictures of its views. */
-const bare = (region) => ({ ...region, views: region.views.map(({ png, ...view }) => view) });
+const bare = (region) => ({
+  ...region,
+  views: region.views.map(plain),
+  attention: region.attention?.map((own) => ({ ...own, views: own.views.map(plain) })),
+});
+const plain = ({ png, ...view }) => view;
+
+/** Which of a region's attentions one is; other regions have the same. */
+const reader = ({ query, tasks }) => `${query} ${tasks.join(" ")}`;
+const same = (box, other) => other !== undefined && box.every((value, index) => value === other[index]);
+
+/** Attention over the picture of its view, which is as large as its square allows. */
+function overlay({ box, png }) {
+  const [width, height] = [box[2] - box[0], box[3] - box[1]];
+  const longer = Math.max(width, height);
+  const vars = { width: `${(100 * width) / longer}%`, height: `${(100 * height) / longer}%` };
+  return make("img", { class: "heat", src: png, alt: "", vars });
+}

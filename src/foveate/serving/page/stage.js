@@ -22,6 +22,7 @@ export class Stage {
     this.chosen = null;
     this.gesture = null;
     this.views = [];
+    this.heat = null;
     this.looked = null;
     this.layer.addEventListener("pointerdown", (event) => this.#down(event));
     this.layer.addEventListener("pointermove", (event) => this.#move(event));
@@ -59,6 +60,7 @@ export class Stage {
     this.boxes.clear();
     this.chosen = null;
     this.views = [];
+    this.heat = null;
     this.looked = null;
     this.#draw();
   }
@@ -114,12 +116,14 @@ export class Stage {
       own.element.setAttribute("aria-pressed", String(is));
     }
     this.views = [];
+    this.heat = null;
     this.#draw();
     this.#placeLabels();
   }
 
-  /** Outlines views; the one at `active` stays clear, the rest of the picture dims. */
-  showViews(boxes, active = -1) {
+  /** Outlines views; the one at `active` stays clear, the rest of the picture dims. `heat` is a { box, png } over it. */
+  showViews(boxes, active = -1, heat = null) {
+    this.heat = heat;
     this.views = boxes.map((box, index) => ({ box, active: index === active }));
     this.#draw();
   }
@@ -294,6 +298,7 @@ export class Stage {
   // ------------------------------------------------------------------ drawing
 
   #position(own) {
+    if (own.id === this.chosen) this.heat = null; // it was read where the box was before
     this.#put(own.element, own.box);
   }
 
@@ -339,6 +344,11 @@ export class Stage {
     const active = this.views.find((view) => view.active);
     const clear = active?.box ?? this.boxes.get(this.chosen)?.box;
     if (clear) this.marks.append(makeSvg("path", { class: "veil", d: whole + hole(clear), "fill-rule": "evenodd" }));
+    if (this.heat) {
+      const { box, png } = this.heat;
+      const place = { x: box[0], y: box[1], width: box[2] - box[0], height: box[3] - box[1] };
+      this.marks.append(makeSvg("image", { class: "heat", href: png, preserveAspectRatio: "none", ...place }));
+    }
     for (const view of this.views) {
       this.marks.append(makeSvg("path", { class: view.active ? "outline active" : "outline", d: hole(view.box) }));
     }
