@@ -228,7 +228,8 @@ def test_rare_classes_count_more(recipe: Path, scenes: Path, tmp_path: Path) -> 
     assert found == pytest.approx(wanted / (shares @ wanted), rel=1e-6)
     assert shares @ found == pytest.approx(1)
     # The recipe's setting reaches both heads, and is no part of what is saved.
-    task = build(load_recipe(recipe, ["segmenter.class_balance=1", "segmenter.auxiliary_weight=0.25"]))
+    overrides = ["segmenter.class_balance=1", "segmenter.auxiliary_weight=0.25"]
+    task = build(load_recipe(recipe, overrides))  # type: ignore[arg-type]
     weights = class_weights(ADE20K(scenes, "training"), 1.0)
     sample = task.train_dataset[0]
     pixels, labels = sample["pixel_values"][None], sample["labels"][None]

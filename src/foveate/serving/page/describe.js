@@ -282,7 +282,10 @@ export class Describe {
     region.item.head.setAttribute("aria-expanded", String(open));
     region.item.detail.hidden = !open;
     region.item.root.classList.toggle("open", open);
-    if (!open) return;
+    if (!open) {
+      region.item.detail.replaceChildren(); // it is made anew when it is opened, as things stand then
+      return;
+    }
     this.#detail(region);
     this.#look(region);
   }
