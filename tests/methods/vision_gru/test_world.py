@@ -57,7 +57,9 @@ def test_it_segments_scenes(scenes: list[Scene]) -> None:
         for item in scene.instances:
             truth[item.mask] = segment.labels.index(item.category)
         score.add(truth, found.classes)
-    assert score.result().pixel_accuracy > 0.85
+    assert score.result().pixel_accuracy > 0.93
+    # Of classes that hardly appear in so few scenes, too: what is no more than backgrounds has 0.13.
+    assert score.result().mean_iou > 0.5
 
 
 @shipped(CLASSIFIER, SEGMENTER)
