@@ -20,7 +20,7 @@ def hide_weight_bars() -> None:
 
 def keep_freed_memory() -> None:
     """Lets glibc keep what tensors free instead of giving it back and faulting it in again for the next ones, which on
-    a CPU is a tenth of describing. For programs that are ours alone; elsewhere nothing happens."""
+    a CPU is a tenth of describing and of training. For programs that are ours alone; elsewhere nothing happens."""
     import ctypes
 
     with suppress(AttributeError, OSError, TypeError):  # no glibc

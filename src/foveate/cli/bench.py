@@ -9,6 +9,7 @@ import typer
 
 from foveate.cli.options import Debug
 from foveate.errors import InputError
+from foveate.processes import keep_freed_memory
 
 app = typer.Typer(
     help="Measure time and memory on this machine.",
@@ -66,6 +67,7 @@ def backbone(
         train_size=train_size,
         threads=threads,
     )
+    keep_freed_memory()  # as `train` and `classify` do; networks are measured in processes of their own, without it
     path = measure_cost(out, settings, resume=resume, say=lambda line: print(line, flush=True))
     print(f"written: {path}")
 

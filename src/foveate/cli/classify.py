@@ -12,7 +12,7 @@ import typer
 from foveate.cli.options import Debug, Device, DType
 from foveate.errors import InputError
 from foveate.files import atomic_write
-from foveate.processes import hide_weight_bars
+from foveate.processes import hide_weight_bars, keep_freed_memory
 
 
 def classify(
@@ -39,6 +39,7 @@ def classify(
 
     files = [file for path in images for file in (images_in(path) if path.is_dir() else [path])]
     hide_weight_bars()
+    keep_freed_memory()
     classifier = load(model, device=device, dtype=dtype)
     if not hasattr(classifier, "probabilities"):
         raise InputError(f"{model} does not classify whole images; give a classifier, such as a VisionGRU.")

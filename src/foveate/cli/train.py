@@ -9,7 +9,7 @@ import typer
 
 from foveate.cli.options import Debug, RunFolder
 from foveate.cli.tables import print_training
-from foveate.processes import hide_weight_bars
+from foveate.processes import hide_weight_bars, keep_freed_memory
 
 
 def train(
@@ -28,4 +28,5 @@ def train(
     from foveate.training.runner import train as run
 
     hide_weight_bars()
+    keep_freed_memory()
     print_training(run(recipe, overrides or [], resume=resume, out=out))
