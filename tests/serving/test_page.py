@@ -272,7 +272,7 @@ def test_attention_is_laid_over_the_views_and_the_picture(open_page: Any, scenes
     expecting(readers.last).to_have_text("category: sofa")
     expecting(over).to_have_attribute("x", f"{sofa[0]:.0f}")
     readers.last.click()
-    expecting(page.locator(".heat")).to_have_count(0)
+    expecting(page.locator("#marks .heat, .region.open .heat")).to_have_count(0)
 
 
 @pytest.mark.browser

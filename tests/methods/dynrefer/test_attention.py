@@ -25,8 +25,12 @@ BOXES = [[20, 10, 50, 30], [50, 40, 95, 75], [5.5, 6.25, 18, 70], [0, 0, 96, 80]
 
 
 @pytest.fixture(scope="module")
-def regions(predictor: Any, photo: Image.Image) -> Regions:
-    found = predictor(photo, boxes=BOXES, attention=True)
+def regions(predictor: DynReferPredictor, photo: Image.Image) -> Regions:
+    return described(predictor, photo, boxes=BOXES, attention=True)
+
+
+def described(predictor: DynReferPredictor, image: Image.Image, **options: Any) -> Regions:
+    found = predictor(image, **options)
     assert isinstance(found, Regions)
     return found
 
@@ -106,7 +110,7 @@ class TestQueries:
         for name, module in model.qformer.named_modules():
             if name.endswith("crossattention.attention"):
                 torch.nn.init.zeros_(module.key.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-        region = describer(model, processor)(photo, boxes=BOXES[:1], attention=True)[0]
+        region = described(DynReferPredictor(model, processor), photo, boxes=BOXES[:1], attention=True)[0]
         for own in region.attention:
             assert own.whole == pytest.approx(1 / 17)
             np.testing.assert_allclose(own.cells, np.full((4, 4), 1 / 17), rtol=1e-5)
@@ -117,7 +121,7 @@ class TestQueries:
         """transformers' own attention weights of two layers with cross-attention, and those of the head written out."""
         sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
         model = make_model(qformer_config=sizes)
-        region = describer(model, processor)(photo, boxes=BOXES[1:2], attention=True)[0]
+        region = described(DynReferPredictor(model, processor), photo, boxes=BOXES[1:2], attention=True)[0]
         eager = copy.deepcopy(model)
         eager.qformer.set_attn_implementation("eager")
         kept: list[Tensor] = []
@@ -170,14 +174,16 @@ class TestQueries:
                 for t, box in zip(own.coefficients, own.boxes, strict=True):
                     assert set(own.tasks) <= set(seen[t, box].tasks)
 
-    def test_only_what_was_asked_has_a_query(self, predictor: Any, photo: Image.Image) -> None:
-        region = predictor(photo, boxes=BOXES[:1], tasks=["caption", "attributes"], views=[0.3, 0.5], attention=True)[0]
+    def test_only_what_was_asked_has_a_query(self, predictor: DynReferPredictor, photo: Image.Image) -> None:
+        region = described(
+            predictor, photo, boxes=BOXES[:1], tasks=["caption", "attributes"], views=[0.3, 0.5], attention=True
+        )[0]
         assert [(own.query, own.tasks) for own in region.attention] == [("region", ("caption", "attributes"))]
 
 
 class TestCalls:
-    def test_nothing_else_changes(self, regions: Regions, predictor: Any, photo: Image.Image) -> None:
-        plain = predictor(photo, boxes=BOXES)
+    def test_nothing_else_changes(self, regions: Regions, predictor: DynReferPredictor, photo: Image.Image) -> None:
+        plain = described(predictor, photo, boxes=BOXES)
         assert plain.regions == regions.regions  # every number to the last bit
         assert all(region.attention == () for region in plain)
         assert not any(module._forward_hooks for module in predictor.model.modules())
@@ -186,7 +192,8 @@ class TestCalls:
         self, regions: Regions, predictor: Any, photo: Image.Image, wide_photo: Image.Image
     ) -> None:
         several = predictor([photo, wide_photo], [BOXES[:3], [[10, 5, 60, 60]]], attention=True, batch_size=2)
-        alone = predictor(wide_photo, [[10, 5, 60, 60]], attention=True)
+        alone = described(predictor, wide_photo, boxes=[[10, 5, 60, 60]], attention=True)
+        assert isinstance(several, list)
         for found, expected in zip([*several[0], *several[1]], [*regions[:3], *alone], strict=True):
             for one, other in zip(found.attention, expected.attention, strict=True):
                 assert (one.query, one.word, one.boxes) == (other.query, other.word, other.boxes)
@@ -214,8 +221,8 @@ class TestCalls:
     def test_one_view_and_no_align_module(
         self, make_model: Callable[..., DynReferModel], processor: DynReferProcessor, photo: Image.Image
     ) -> None:
-        predictor = describer(make_model(num_views=1, align=False), processor)
-        [own, *_] = predictor(photo, boxes=BOXES[:1], attention=True)[0].attention
+        predictor = DynReferPredictor(make_model(num_views=1, align=False), processor)
+        [own, *_] = described(predictor, photo, boxes=BOXES[:1], attention=True)[0].attention
         assert own.boxes == ((20, 10, 50, 30),)
         assert own.in_view(0).sum() == pytest.approx(1 - own.whole, abs=1e-5)
 
@@ -229,4 +236,4 @@ class TestPictures:
 
     def test_regions_without_attention(self, predictor: Any, photo: Image.Image) -> None:
         with pytest.raises(InputError, match="region 1 has no attention"):
-            predictor(photo, boxes=BOXES[:1], tasks=["category"]).plot_attention()
+            described(predictor, photo, boxes=BOXES[:1], tasks=["category"]).plot_attention()
