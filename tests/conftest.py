@@ -1,12 +1,14 @@
-"""Checkpoints of other people's proposers in miniature, saved in their official layouts; do not write into them. And
-whether the tests that need a browser run."""
+"""Checkpoints of other people's proposers in miniature, saved in their official layouts; do not write into them.
+Programs of the repository as modules. And whether the tests that need a browser run."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -150,3 +152,19 @@ def owlv2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CLIPTokenizer(vocab=vocabulary, merges=[], pad_token="!").save_pretrained(folder)
     Owlv2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def load_program() -> Callable[[str], ModuleType]:
+    """A program of the repository, such as "tools/make_weights.py", as a module of its own; a new one at each call."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).parents[1] / name
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def tool(load_program: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/make_weights.py with one tiny recipe and a folder of its own for the weights."""
-    spec = importlib.util.spec_from_file_location("make_weights", ROOT / "tools/make_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program("tools/make_weights.py")
     recipe = {
         "method": "t5-world",
         "output": str(tmp_path / "out"),
@@ -100,12 +96,8 @@ def test_too_large_models_and_numbers_are_refused(
     assert load_file(weights / "x/model.safetensors")["weight"].tolist() == [1.0] * 1000
 
 
-def test_every_recipe_exists_and_names_its_model() -> None:
-    spec = importlib.util.spec_from_file_location("make_weights", ROOT / "tools/make_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_every_recipe_exists_and_names_its_model(load_program: Callable[[str], ModuleType]) -> None:
+    module = load_program("tools/make_weights.py")
     for name, paths in module.RECIPES.items():
         recipes = [yaml.safe_load((ROOT / path).read_text(encoding="utf-8")) for path in paths]
         assert f"out/{name}" in {recipe["output"] for recipe in recipes}

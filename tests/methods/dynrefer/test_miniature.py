@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,13 +70,8 @@ def regions() -> Regions:
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dynrefer_miniature", ROOT / "benchmarks" / "dynrefer_miniature.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load_program: Callable[[str], ModuleType]) -> ModuleType:
+    return load_program("benchmarks/dynrefer_miniature.py")
 
 
 def stripes_seen(pixels: np.ndarray) -> int:

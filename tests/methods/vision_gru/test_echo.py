@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -39,13 +39,8 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("vision_gru_echo", ROOT / "benchmarks" / "vision_gru_echo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load_program: Callable[[str], ModuleType]) -> ModuleType:
+    return load_program("benchmarks/vision_gru_echo.py")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
